@@ -1,0 +1,4 @@
+"""The generative side of each method, one file per method."""
+
+if __name__ == "models":
+    raise ImportError("import pyro_contrastive.models, not the bare folder models")

@@ -1,1 +1,8 @@
-"""TODO data."""
+"""Worlds whose posterior is known, two-view wrappers, and images that ship with a dependency."""
+
+from __future__ import annotations
+
+from .digits import corrupt, load_digits, shift_and_dropout
+from .views import TwoViews, ViewLoader, derived_seed
+
+__all__ = ["TwoViews", "ViewLoader", "corrupt", "derived_seed", "load_digits", "shift_and_dropout"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_contrastive.data import TwoViews, ViewLoader, derived_seed, shift_and_dropout
+from pyro_contrastive.data import TwoViews, ViewLoader, shift_and_dropout
+from pyro_contrastive.ops.random import derived_seed
 
 
 def noise(batch, generator):

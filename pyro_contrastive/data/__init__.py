@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .digits import corrupt, load_digits, shift_and_dropout
-from .views import TwoViews, ViewLoader, derived_seed
+from .views import TwoViews, ViewLoader
 
-__all__ = ["TwoViews", "ViewLoader", "corrupt", "derived_seed", "load_digits", "shift_and_dropout"]
+__all__ = ["TwoViews", "ViewLoader", "corrupt", "load_digits", "shift_and_dropout"]

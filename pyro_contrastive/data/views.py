@@ -5,32 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sized
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["TwoViews", "ViewLoader", "derived_seed"]
+from pyro_contrastive.ops.random import derived_seed
 
-
-def derived_seed(seed: int, *position: int) -> int:
-    """Mix a seed and a position (epoch, batch, ...) into one well-spread 63-bit seed.
-
-    Args:
-        seed: Base seed, ``>= 0``.
-        *position: Any number of counters, each ``>= 0``.
-
-    Returns:
-        A seed for ``torch.Generator.manual_seed``. Different positions give unrelated streams, which
-        ``seed + epoch`` does not (epoch 1 of seed 0 would be epoch 0 of seed 1).
-
-    Raises:
-        ValueError: If an argument is negative.
-    """
-    if min(seed, *position, 0) < 0:
-        raise ValueError(f"`seed` and positions must be >= 0, got {(seed, *position)!r}")
-    entropy = (len(position), seed, *position)  # the length: NumPy pads with zeros, so (1,) would equal (1, 0)
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+__all__ = ["TwoViews", "ViewLoader"]
 
 
 class TwoViews(Dataset):
@@ -112,7 +93,7 @@ class ViewLoader:
         ValueError: If an argument is out of its range or the lengths differ.
 
     Example:
-        >>> loader = ViewLoader(torch.zeros(10, 1, 8, 8), shift_and_dropout, batch_size=4)
+        >>> loader = ViewLoader(torch.zeros(10, 3), lambda x, generator: x + 1, batch_size=4)
         >>> [x1.shape[0] for x1, x2 in loader]
         [4, 4]
     """

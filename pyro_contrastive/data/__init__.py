@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .digits import corrupt, load_digits, shift_and_dropout
+from .sphere_world import SphereBatch, SphereWorld
 from .views import TwoViews, ViewLoader
 
-__all__ = ["TwoViews", "ViewLoader", "corrupt", "load_digits", "shift_and_dropout"]
+__all__ = ["SphereBatch", "SphereWorld", "TwoViews", "ViewLoader", "corrupt", "load_digits", "shift_and_dropout"]

@@ -107,7 +107,7 @@ def fit(
     checkpoint_seconds: float = 60.0,
     config: Mapping[str, Any] | None = None,
     log_every: int | None = None,
-    progress: bool = True,
+    progress: bool | str = True,
 ) -> FitResult:
     """Fit a model/guide pair to views by gradient ascent on the ELBO.
 
@@ -140,7 +140,7 @@ def fit(
         config: Numbers and strings of yours that identify the run; kept in the checkpoint, and a checkpoint with
             other values is refused.
         log_every: Steps per row of the history, ``>= 1``. Default: 100 rows, but at most 50 steps each.
-        progress: Show a progress bar.
+        progress: Show a progress bar; a string is its label.
 
     Returns:
         The fitted pair with its history and how the run ended.
@@ -229,7 +229,8 @@ def fit(
             part.train()
         from tqdm.auto import tqdm
 
-        bar = tqdm(total=total, initial=min(state.step, total), disable=not progress, unit="step", desc="fit")
+        bar = tqdm(total=total, initial=min(state.step, total), disable=not progress, unit="step")
+        bar.set_description_str(progress if isinstance(progress, str) else "fit")
         try:
             with pyro.validation_enabled(False):  # the dry call was validated; here every check would stop the device
                 batches = _stream(data, state)

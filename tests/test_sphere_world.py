@@ -185,3 +185,8 @@ def test_errors_of_methods():
         world.batches(0)
     with pytest.raises(ValueError, match="`epoch` must be 0"):
         world.batches(2).seek(1)
+
+
+def test_double_precision_world():
+    batch = small_world().double().sample(4, seed=0)
+    assert all(value.dtype == torch.float64 for value in batch)

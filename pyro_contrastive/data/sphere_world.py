@@ -142,8 +142,9 @@ class SphereWorld(nn.Module):
         Returns:
             The pairs, on the world's device. Randomness comes from PyTorch's global generators.
         """
-        with self.weight1.device, pyro.plate("pairs", num_pairs):  # what the distributions create lies on this device
-            z1 = pyro.sample("z1", HypersphericalUniform(self.dim))
+        like = self.weight1
+        with pyro.plate("pairs", num_pairs):
+            z1 = pyro.sample("z1", HypersphericalUniform(self.dim, dtype=like.dtype, device=like.device))
             z2 = _around("z2", z1, self.pair_concentration)
             mean_direction1, concentration1, x1 = self._view(1, z1)
             mean_direction2, concentration2, x2 = self._view(2, z2)
@@ -153,7 +154,7 @@ class SphereWorld(nn.Module):
         law = self.concentration
         name = f"concentration{view}"
         if isinstance(law, tuple):
-            log_uniform = pyro_dist.Uniform(math.log(law[0]), math.log(law[1]))
+            log_uniform = pyro_dist.Uniform(z.new_full((), math.log(law[0])), z.new_full((), math.log(law[1])))
             kappa = pyro.sample(
                 name, pyro_dist.TransformedDistribution(log_uniform, [torch.distributions.ExpTransform()])
             )

@@ -100,7 +100,7 @@ def test_views_determine_direction_and_concentration():
     hidden = torch.where(hidden < 0, hidden / 0.2, hidden) - world.bias
     features = torch.linalg.lstsq(world.weight1, hidden.mT).solution.mT
     assert torch.allclose(features[:, :4] / 2.0, batch.mean_direction1, atol=1e-4)
-    assert torch.allclose((features[:, 4] + math.log(32)).exp(), batch.concentration1, rtol=1e-3)
+    assert torch.allclose((features[:, 4] / 2.0 + math.log(32)).exp(), batch.concentration1, rtol=1e-3)
     assert torch.allclose(world.observe(batch.mean_direction1, batch.concentration1), batch.x1)
 
 

@@ -178,7 +178,7 @@ class SphereWorld(nn.Module):
         """
         log_kappa = concentration.log() - self._log_centre
         log_kappa = torch.where(concentration.isinf(), torch.zeros_like(log_kappa), log_kappa)
-        features = torch.cat([math.sqrt(self.dim) * mean_direction, log_kappa.unsqueeze(-1)], dim=-1)
+        features = math.sqrt(self.dim) * torch.cat([mean_direction, log_kappa.unsqueeze(-1)], dim=-1)
         return leaky_relu(features @ self.weight1.mT + self.bias, 0.2) @ self.weight2.mT
 
     def sample(self, num_pairs: int, seed: int | None = None) -> SphereBatch:

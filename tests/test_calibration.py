@@ -18,8 +18,8 @@ def exact_cap(angle: float, kappa: float, dim: int) -> float:
     with mpmath.workdps(30):
         mode = float(np.arccos(2 * kappa / (dim - 2 + np.hypot(dim - 2, 2 * kappa)))) if kappa or dim > 2 else 1.0
 
-        def density(t):
-            return mpmath.sin(t) ** (dim - 2) * mpmath.exp(kappa * (mpmath.cos(t) - mpmath.cos(mode)))
+        def density(t):  # relative to the mode: mpmath judges its quadrature error absolutely
+            return (mpmath.sin(t) / mpmath.sin(mode or 1.0)) ** (dim - 2) * mpmath.exp(kappa * (mpmath.cos(t) - mpmath.cos(mode)))
 
         width = 1 / np.sqrt(kappa + dim)
         cuts = sorted({0.0, np.pi, angle, *(float(np.clip(mode + k * width, 0, np.pi)) for k in range(-12, 13, 2))})

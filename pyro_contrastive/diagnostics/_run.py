@@ -6,9 +6,12 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pyro
 import torch
+from pyro.nn import PyroModule
+from pyro.params.param_store import normalize_param_name
 from pyro.util import get_rng_state, set_rng_state
 from torch import nn
 
@@ -56,10 +59,11 @@ def modules_of(*programs: Callable[..., object]) -> list[nn.Module]:
 def evaluation(*programs: Callable[..., object], seed: int | None = None) -> Iterator[torch.device]:
     """Evaluates trained programs: no gradients, eval mode, own random stream, untouched parameter store.
 
-    Inside the block every module of the programs is in eval mode. Parameters are read where training left them: from
-    Pyro's store after plain `SVI`, from the modules themselves after the torch way of training, even when the store
-    holds parameters of another model under the same names. On leaving, the modes of all submodules, the random states
-    (torch on every device in use, NumPy, Python) and the parameter store are what they were.
+    Inside the block every module of the programs is in eval mode. Modules use their own parameters, however they were
+    trained, even when Pyro's store holds those of another model under the same names; `pyro.param` statements read the
+    store as usual. (Parameters that were only loaded into the store reach a module when it is next called: call it
+    once before.) On leaving, the modes of all submodules, the random states (torch on every device, NumPy, Python) and
+    the parameter store are what they were.
 
     Args:
         programs: The model and guide (modules, functions, bound methods).
@@ -72,16 +76,12 @@ def evaluation(*programs: Callable[..., object], seed: int | None = None) -> Ite
     parameters = [parameter for module in modules for parameter in module.parameters()]
     modes = {module: module.training for top in modules for module in top.modules()}
     store = pyro.get_param_store()
-    stored = {id(value) for _, value in store.named_parameters()}
-    module_local = bool(parameters) and not any(id(parameter) in stored for parameter in parameters)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     random_state = get_rng_state()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        stack.enter_context(store.scope(store.get_state()))
-        if module_local:
-            stack.enter_context(pyro.settings.context(module_local_params=True))
+        stack.enter_context(store.scope(_own_state(modules)))
         try:
             for module in modules:
                 module.eval()
@@ -92,3 +92,23 @@ def evaluation(*programs: Callable[..., object], seed: int | None = None) -> Ite
             for module, training in modes.items():
                 module.training = training
             set_rng_state(random_state)
+
+
+def _own_state(modules: list[nn.Module]) -> dict[str, Any]:
+    """State of Pyro's store without entries that would overwrite the modules' parameters by those of a namesake."""
+    own = {id(parameter) for module in modules for parameter in module.parameters()}
+    names = {
+        ".".join(part for part in (getattr(module, "_pyro_name", ""), name.removesuffix("_unconstrained")) if part)
+        for module in modules
+        if isinstance(module, PyroModule)
+        for name, _ in module.named_parameters()
+    }
+    state = pyro.get_param_store().get_state()
+    foreign = [
+        name
+        for name, value in state["params"].items()
+        if id(value) not in own and normalize_param_name(name) in names
+    ]
+    for name in foreign:
+        del state["params"][name], state["constraints"][name]
+    return state

@@ -90,7 +90,7 @@ scalar parameters of the model by name |
     info: dict[str, str | int | float] = {
         "inference_library": "pyro",
         "inference_library_version": version("pyro-ppl"),
-        "torch_version": torch.__version__,
+        "torch_version": str(torch.__version__),  # its own subclass of str has no netCDF type
         "pyro_contrastive_version": _own_version(),
         "model": _name_of(model),
         "guide": _name_of(guide),
@@ -139,11 +139,13 @@ class _Recorder:
             if name not in self.means:
                 self.means[name] = _direction_and_concentration(site)
         for name, site in [*_deterministics(guide_trace), *_deterministics(model_trace)]:
-            self._add("posterior", name, site["value"], site)
+            # pyro.deterministic declares the plates' dimensions as part of the event
+            depth = max((-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized), default=0)
+            self._add("posterior", name, site["value"], site, event_dim=max(site["value"].ndim - depth, 0))
         model_trace.compute_log_prob()
         guide_trace.compute_log_prob()
         for name, site in model_trace.nodes.items():
-            if site["type"] == "sample" and site["is_observed"] and not _is_deterministic(site):
+            if site["type"] == "sample" and site["is_observed"] and not (_is_deterministic(site) or site_is_subsample(site)):
                 self._add("log_likelihood", name, site["unscaled_log_prob"], site, event_dim=0)
         log_p, log_q = self._log_density(model_trace), self._log_density(guide_trace)
         if log_p.ndim != log_q.ndim:
@@ -185,7 +187,11 @@ class _Recorder:
 
     def _log_density(self, trace: poutine.Trace) -> np.ndarray:
         """Sum of all log-densities, (num_items,) when each of them has one value per item, else a scalar."""
-        terms = [site["log_prob"] for site in trace.nodes.values() if "log_prob" in site and site["log_prob"].numel()]
+        terms = [
+            site["log_prob"]
+            for site in trace.nodes.values()
+            if site["type"] == "sample" and not site_is_subsample(site) and not _is_deterministic(site)
+        ]
         if not terms:
             return np.zeros(())
         if all(term.shape == (self.num_items,) for term in terms):

@@ -16,7 +16,9 @@ def world(n: int, d: int, kappa: float, seed: int):
     """Truths z, and posteriors vMF(m, kappa_i) that are exactly right: z is drawn from them."""
     rng = np.random.default_rng(seed)
     m, concentration = sphere(n, d, seed), np.exp(rng.uniform(np.log(kappa / 2), np.log(kappa * 2), n))
-    z = np.stack([stats.vonmises_fisher(a, k).rvs(1, random_state=rng)[0] for a, k in zip(m, concentration, strict=True)])
+    z = np.stack(
+        [stats.vonmises_fisher(a, k).rvs(1, random_state=rng)[0] for a, k in zip(m, concentration, strict=True)]
+    )
     return m, concentration, z
 
 

@@ -8,10 +8,10 @@ import pyro
 import pyro.distributions as pyro_dist
 import pytest
 import torch
+from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
-from pyro.distributions import constraints
 
 from pyro_contrastive.diagnostics import to_arviz
 
@@ -66,7 +66,11 @@ def views():
 
 
 def groups(data) -> set[str]:
-    return {name.strip("/") for name in data.groups if name.strip("/")} if not callable(data.groups) else set(data.groups())
+    return (
+        {name.strip("/") for name in data.groups if name.strip("/")}
+        if not callable(data.groups)
+        else set(data.groups())
+    )
 
 
 def test_every_group_with_named_dimensions(pair, views, tmp_path):

@@ -19,7 +19,9 @@ def exact_cap(angle: float, kappa: float, dim: int) -> float:
         mode = float(np.arccos(2 * kappa / (dim - 2 + np.hypot(dim - 2, 2 * kappa)))) if kappa or dim > 2 else 1.0
 
         def density(t):  # relative to the mode: mpmath judges its quadrature error absolutely
-            return (mpmath.sin(t) / mpmath.sin(mode or 1.0)) ** (dim - 2) * mpmath.exp(kappa * (mpmath.cos(t) - mpmath.cos(mode)))
+            return (mpmath.sin(t) / mpmath.sin(mode or 1.0)) ** (dim - 2) * mpmath.exp(
+                kappa * (mpmath.cos(t) - mpmath.cos(mode))
+            )
 
         width = 1 / np.sqrt(kappa + dim)
         cuts = sorted({0.0, np.pi, angle, *(float(np.clip(mode + k * width, 0, np.pi)) for k in range(-12, 13, 2))})
@@ -45,7 +47,9 @@ def draws(kappa: float, dim: int, n: int, seed: int) -> tuple[np.ndarray, np.nda
 def test_cap_probability_is_the_integral(dim, kappa):
     spread = np.sqrt((dim - 1) / (kappa + dim))
     for angle in np.clip(np.array([0.3, 0.7, 1.0, 1.4]) * spread, 0, np.pi):
-        assert cal.cap_probability(angle, kappa, dim) == pytest.approx(exact_cap(angle, kappa, dim), rel=1e-9, abs=1e-15)
+        assert cal.cap_probability(angle, kappa, dim) == pytest.approx(
+            exact_cap(angle, kappa, dim), rel=1e-9, abs=1e-15
+        )
 
 
 @pytest.mark.parametrize("family", ["vmf", "power_spherical"])
@@ -113,7 +117,9 @@ def test_cap_pit_by_ranks_and_of_the_uniform():
 
 def test_direction_and_concentration_of_families_without_one():
     mean = torch.nn.functional.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    direction, kappa = cal.direction_and_concentration(dist.ProjectedNormal(10 * mean, torch.ones(50, 8)), num_samples=4000)
+    direction, kappa = cal.direction_and_concentration(
+        dist.ProjectedNormal(10 * mean, torch.ones(50, 8)), num_samples=4000
+    )
     np.testing.assert_allclose(direction, mean.numpy(), atol=1e-6)
     # a normal of unit variance at distance 10 is close to a vMF of concentration 10^2
     assert np.all(np.abs(kappa / 100 - 1) < 0.1)
@@ -137,7 +143,10 @@ def test_sbc_ranks_and_rank_pit():
 def test_wilson_interval_against_the_formula():
     result = cal.coverage(np.r_[np.full(40, 0.2), np.full(60, 0.9)], levels=[0.5])
     z, p, n = stats.norm.ppf(0.975), 0.4, 100
-    centre, half = (p + z**2 / (2 * n)) / (1 + z**2 / n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    centre, half = (
+        (p + z**2 / (2 * n)) / (1 + z**2 / n),
+        z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n),
+    )
     np.testing.assert_allclose([result.lower[0], result.upper[0]], [centre - half, centre + half])
 
 

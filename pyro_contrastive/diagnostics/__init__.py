@@ -15,6 +15,17 @@ from pyro_contrastive.diagnostics.calibration import (
     sbc_ranks,
     uniformity_pvalue,
 )
+from pyro_contrastive.diagnostics.plots import (
+    plot_accuracy_by_quartile,
+    plot_aggregate,
+    plot_concentration_recovery,
+    plot_concentration_vs_corruption,
+    plot_coverage,
+    plot_history,
+    plot_neighbours,
+    plot_pit,
+)
+from pyro_contrastive.diagnostics.report import Picture, Section, image_report, sphere_report, write_html, write_summary
 from pyro_contrastive.diagnostics.representation import (
     Uniformity,
     accuracy_by_quartile,
@@ -27,6 +38,8 @@ from pyro_contrastive.diagnostics.representation import (
 __all__ = [
     "AlignmentScore",
     "Coverage",
+    "Picture",
+    "Section",
     "Uniformity",
     "accuracy_by_quartile",
     "aggregate_uniformity",
@@ -38,11 +51,23 @@ __all__ = [
     "cosine_correlation",
     "coverage",
     "direction_and_concentration",
+    "image_report",
     "knn_accuracy",
     "knn_correct",
+    "plot_accuracy_by_quartile",
+    "plot_aggregate",
+    "plot_concentration_recovery",
+    "plot_concentration_vs_corruption",
+    "plot_coverage",
+    "plot_history",
+    "plot_neighbours",
+    "plot_pit",
     "procrustes",
     "rank_pit",
     "sbc_ranks",
+    "sphere_report",
     "to_arviz",
     "uniformity_pvalue",
+    "write_html",
+    "write_summary",
 ]

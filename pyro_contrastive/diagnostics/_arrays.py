@@ -48,7 +48,9 @@ def unit_vectors(values: ArrayLike | torch.Tensor, name: str, *, tolerance: floa
     norm = np.linalg.norm(array, axis=-1, keepdims=True)
     if not np.all(np.abs(norm - 1.0) <= tolerance):
         worst = norm.flat[np.argmax(np.abs(norm - 1.0))]
-        raise ValueError(f"`{name}` must hold unit vectors, got a norm of {worst:.4g}; normalise over the last dimension")
+        raise ValueError(
+            f"`{name}` must hold unit vectors, got a norm of {worst:.4g}; normalise over the last dimension"
+        )
     return array / norm
 
 

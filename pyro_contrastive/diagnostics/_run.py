@@ -105,9 +105,7 @@ def _own_state(modules: list[nn.Module]) -> dict[str, Any]:
     }
     state = pyro.get_param_store().get_state()
     foreign = [
-        name
-        for name, value in state["params"].items()
-        if id(value) not in own and normalize_param_name(name) in names
+        name for name, value in state["params"].items() if id(value) not in own and normalize_param_name(name) in names
     ]
     for name in foreign:
         del state["params"][name], state["constraints"][name]

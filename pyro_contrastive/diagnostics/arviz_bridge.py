@@ -103,7 +103,9 @@ scalar parameters of the model by name |
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*views)
             recorder.add_posterior(guide_trace, model_trace)
         if not recorder.means:
-            raise ValueError("`guide` must have at least one latent sample site, got none; pass the guide trained by SVI")
+            raise ValueError(
+                "`guide` must have at least one latent sample site, got none; pass the guide trained by SVI"
+            )
         if prior:
             try:
                 for _ in trange(num_samples, desc="prior draws", disable=not progress):
@@ -145,7 +147,11 @@ class _Recorder:
         model_trace.compute_log_prob()
         guide_trace.compute_log_prob()
         for name, site in model_trace.nodes.items():
-            if site["type"] == "sample" and site["is_observed"] and not (_is_deterministic(site) or site_is_subsample(site)):
+            if (
+                site["type"] == "sample"
+                and site["is_observed"]
+                and not (_is_deterministic(site) or site_is_subsample(site))
+            ):
                 self._add("log_likelihood", name, site["unscaled_log_prob"], site, event_dim=0)
         log_p, log_q = self._log_density(model_trace), self._log_density(guide_trace)
         if log_p.ndim != log_q.ndim:
@@ -248,7 +254,12 @@ def _direction_and_concentration(site: Mapping[str, Any]) -> tuple[np.ndarray | 
     """Mean direction and concentration of a site's distribution under its masks and expansions, None where it has none."""
     fn = site["fn"]
     while isinstance(
-        fn, (pyro_dist.MaskedDistribution, torch.distributions.Independent, pyro_dist.torch_distribution.ExpandedDistribution)
+        fn,
+        (
+            pyro_dist.MaskedDistribution,
+            torch.distributions.Independent,
+            pyro_dist.torch_distribution.ExpandedDistribution,
+        ),
     ):
         fn = fn.base_dist
     direction, concentration = getattr(fn, "mean_direction", None), getattr(fn, "concentration", None)
@@ -312,7 +323,7 @@ def _container(
     attrs = {
         **attrs,
         "arviz_version": arviz.__version__,
-        "created_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
     }
     datasets = {}
     for group, variables in groups.items():

@@ -19,6 +19,7 @@ from scipy import special, stats
 
 from pyro_contrastive import distributions as sphere
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array, geodesic_angle, unit_vectors
+from pyro_contrastive.ops import inverse_bessel_ratio
 
 __all__ = [
     "Coverage",
@@ -148,11 +149,13 @@ def cap_radius(
     return np.where(np.isinf(concentration), 0.0, np.where(level == 1.0, np.pi, 0.5 * (low + high)))
 
 
-def direction_and_concentration(posterior: Any, *, num_samples: int = 256, seed: int = 0) -> tuple[FloatArray, FloatArray]:
+def direction_and_concentration(
+    posterior: Any, *, num_samples: int = 256, seed: int = 0
+) -> tuple[FloatArray, FloatArray]:
     r"""Mean direction and a scalar concentration of any posterior on the sphere.
 
     Families that have both are asked for them. For the others the concentration is the von Mises-Fisher one of the same
-    mean resultant length, :math:`\rho(d-\rho^2)/(1-\rho^2)` (Banerjee et al. 2005, JMLR 6, eq. 4.4), from draws.
+    mean resultant length, :math:`A_d^{-1}(\rho)` (Mardia & Jupp 2000, eq. 10.3.9), from draws.
 
     Args:
         posterior: Distribution with batch shape (N,) and event shape (d,).
@@ -167,9 +170,8 @@ def direction_and_concentration(posterior: Any, *, num_samples: int = 256, seed:
         total = _draws(posterior, num_samples, seed).mean(axis=0)
         length = np.linalg.norm(total, axis=-1)
         direction = total / length[..., None] if direction is None else direction
-        spread = 1.0 - np.where(length > 1.0 - 1e-6, 1.0, length) ** 2
-        with np.errstate(divide="ignore"):
-            concentration = length * (total.shape[-1] - length**2) / spread
+        rho = torch.from_numpy(np.minimum(length, 1.0 - 1e-9))
+        concentration = np.where(length > 1.0 - 1e-9, np.inf, as_array(inverse_bessel_ratio(total.shape[-1], rho)))
     return unit_vectors(direction, "mean_direction"), as_array(concentration).astype(np.float64)
 
 

@@ -90,8 +90,7 @@ def plot_pit(pit: ArrayLike, *, ax: Axes | None = None) -> Axes:
         ax: Axes to draw on; a new figure without.
 
     Returns:
-        The axes. A curve that dips, then rises (below zero first): under-dispersed truths, so under-confident posteriors
-        lie above zero; over-confident ones below.
+        The axes. A curve above zero: under-confident posteriors (truths too often near the centre). Below: over-confident.
     """
     ax = _axes(ax)
     values = np.sort(np.asarray(pit, dtype=np.float64))
@@ -182,7 +181,9 @@ def plot_concentration_vs_corruption(
     if groups:
         centre = np.array([np.median(level[g]) for g in groups])
         quartiles = np.array([np.quantile(kappa[g], [0.25, 0.5, 0.75]) for g in groups])
-        ax.fill_between(centre, quartiles[:, 0], quartiles[:, 2], color=_RED, alpha=0.25, linewidth=0, label="quartiles")
+        ax.fill_between(
+            centre, quartiles[:, 0], quartiles[:, 2], color=_RED, alpha=0.25, linewidth=0, label="quartiles"
+        )
         ax.plot(centre, quartiles[:, 1], color=_RED, marker="o", markersize=4, label="median")
         ax.set_yscale("log")
         ax.legend(fontsize=10, frameon=False)
@@ -191,9 +192,7 @@ def plot_concentration_vs_corruption(
     return ax
 
 
-def plot_accuracy_by_quartile(
-    accuracy: ArrayLike | Mapping[str, ArrayLike], *, ax: Axes | None = None
-) -> Axes:
+def plot_accuracy_by_quartile(accuracy: ArrayLike | Mapping[str, ArrayLike], *, ax: Axes | None = None) -> Axes:
     """Accuracy from the surest to the least sure group of items, as bars.
 
     Args:

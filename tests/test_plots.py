@@ -16,14 +16,21 @@ POINTS = rng.standard_normal((200, 5))
 POINTS /= np.linalg.norm(POINTS, axis=-1, keepdims=True)
 KAPPA = np.exp(rng.normal(3, 0.5, 300))
 CALLS = {
-    "coverage": lambda **k: plots.plot_coverage(calibration.coverage(rng.uniform(size=400), np.linspace(0.1, 0.9, 9)), **k),
+    "coverage": lambda **k: plots.plot_coverage(
+        calibration.coverage(rng.uniform(size=400), np.linspace(0.1, 0.9, 9)), **k
+    ),
     "pit": lambda **k: plots.plot_pit(rng.uniform(size=400), **k),
     "recovery": lambda **k: plots.plot_concentration_recovery(KAPPA, np.r_[np.inf, KAPPA[1:] * 1.1], **k),
     "corruption": lambda **k: plots.plot_concentration_vs_corruption(1 / KAPPA, torch.from_numpy(KAPPA), **k),
     "quartile": lambda **k: plots.plot_accuracy_by_quartile({"seed 0": [0.9, 0.7, 0.6, 0.4], "seed 1": [0.8] * 4}, **k),
     "neighbours": lambda **k: plots.plot_neighbours(
-        rng.uniform(size=(3, 1, 8, 8)), rng.uniform(size=(3, 4, 1, 8, 8)), [9.0, 3.0, 1.0],
-        labels=[0, 1, 2], neighbour_labels=[[0, 0, 1, 0]] * 3, title="images", **k,
+        rng.uniform(size=(3, 1, 8, 8)),
+        rng.uniform(size=(3, 4, 1, 8, 8)),
+        [9.0, 3.0, 1.0],
+        labels=[0, 1, 2],
+        neighbour_labels=[[0, 0, 1, 0]] * 3,
+        title="images",
+        **k,
     ),  # fmt: skip
     "aggregate": lambda **k: plots.plot_aggregate(POINTS, **k),
     "history": lambda **k: plots.plot_history({"loss": 5 + np.exp(-np.arange(400) / 50), "val": [5.5, 5.2]}, **k),

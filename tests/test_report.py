@@ -158,7 +158,13 @@ def test_image_report(tmp_path):
         figures["accuracy_drop"] > 0
     )
     assert {p.path.stem for p in section.pictures} == {
-        *("concentration_vs_corruption", "accuracy_by_quartile", "neighbours_surest", "neighbours_least_sure", "aggregate")
+        *(
+            "concentration_vs_corruption",
+            "accuracy_by_quartile",
+            "neighbours_surest",
+            "neighbours_least_sure",
+            "aggregate",
+        )
     }
     assert az.from_netcdf(tmp_path / "posterior.nc")["posterior"]["z2"].shape == (1, 100, 200, D)
     assert "not uniform" in section.reading[-1]
@@ -186,7 +192,13 @@ def written(tmp_path):
     png = tmp_path / "a_picture.png"
     png.write_bytes(b"\x89PNG fake")
     sections = [
-        Section("Images <b>", "image", seed, {"knn_clean": 0.9 + seed / 100, "own_figure": math.nan}, [Picture(png, "cap & tion")])
+        Section(
+            "Images <b>",
+            "image",
+            seed,
+            {"knn_clean": 0.9 + seed / 100, "own_figure": math.nan},
+            [Picture(png, "cap & tion")],
+        )
         for seed in (0, 1)
     ] + [Section("World", "sphere", 5, {"coverage_50": 0.512, "concentration_q95": math.inf}, [], ["All is well."])]
     html = write_html(tmp_path / "new" / "folder", "A report", sections).read_text()

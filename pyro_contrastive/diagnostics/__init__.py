@@ -1,4 +1,4 @@
-"""Can the posterior be trusted? The ArviZ bridge, calibration, alignment with a truth, representation checks, reports."""
+"""Can the posterior be trusted? ArviZ bridge, calibration, alignment with a truth, representation checks, reports."""
 
 from __future__ import annotations
 

@@ -95,7 +95,8 @@ h1{font-size:1.7rem}h2{margin-top:2.5rem;border-bottom:1px solid #ddd;padding-bo
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.95rem}
 th,td{padding:.3rem .8rem;text-align:left;border-bottom:1px solid #e5e5e5}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td.m{color:#555}.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.2rem;margin:1.2rem 0}
+td.m{color:#555}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.2rem;margin:1.2rem 0}
 figure{margin:0}figure img{width:100%;height:auto;border:1px solid #e5e5e5;border-radius:4px}
 figcaption{font-size:.9rem;color:#444;margin-top:.3rem}summary{cursor:pointer;margin:1rem 0}
 """

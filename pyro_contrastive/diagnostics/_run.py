@@ -6,12 +6,11 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import pyro
 import torch
 from pyro.nn import PyroModule
-from pyro.params.param_store import normalize_param_name
+from pyro.params.param_store import StateDict, normalize_param_name
 from pyro.util import get_rng_state, set_rng_state
 from torch import nn
 
@@ -94,7 +93,7 @@ def evaluation(*programs: Callable[..., object], seed: int | None = None) -> Ite
             set_rng_state(random_state)
 
 
-def _own_state(modules: list[nn.Module]) -> dict[str, Any]:
+def _own_state(modules: list[nn.Module]) -> StateDict:
     """State of Pyro's store without entries that would overwrite the modules' parameters by those of a namesake."""
     own = {id(parameter) for module in modules for parameter in module.parameters()}
     names = {

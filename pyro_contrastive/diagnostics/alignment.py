@@ -1,7 +1,7 @@
 r"""Agreement of a learned posterior with the truth, up to what contrastive learning cannot know.
 
-A contrastive likelihood sees inner products only, so the latent space is identified up to one orthogonal map. It is fitted
-on one half of the items (orthogonal Procrustes) and everything is scored on the other half.
+A contrastive likelihood sees inner products only, so the latent space is identified up to one orthogonal map. It is
+fitted on one half of the items (orthogonal Procrustes) and everything is scored on the other half.
 """
 
 from __future__ import annotations

@@ -46,14 +46,14 @@ def to_arviz(
 
     | group | variables |
     | --- | --- |
-    | posterior | every latent site of the guide, (chain, draw, item, axis) for points on a sphere; deterministic sites; for \
-the spherical site "z1" also `angle1`, the angle in radians of each draw to the mean direction of its posterior, and \
-`concentration1` where the family has one |
+    | posterior | every latent site of the guide, (chain, draw, item, axis) for points on a sphere; deterministic \
+sites; for the spherical site "z1" also `angle1`, the angle in radians of each draw to the mean direction of its \
+posterior, and `concentration1` where the family has one |
     | prior | the same sites drawn from the model alone |
     | posterior_predictive | `partner`: which candidate of the batch is drawn as the partner of each item; needs the \
 method `model.partner_logits(*views) -> (N, N)` |
-    | log_likelihood | every observed site and factor of the model, by name. The rows of a contrastive factor share the \
-batch, so pointwise leave-one-out (`arviz.loo`) is not valid for them |
+    | log_likelihood | every observed site and factor of the model, by name. The rows of a contrastive factor share \
+the batch, so pointwise leave-one-out (`arviz.loo`) is not valid for them |
     | sample_stats | `log_p`, `log_q`, `elbo` as scaled in training; per item where every site allows it |
     | observed_data | `partner`: item i belongs to item i |
     | constant_data | the views, or `index` when they are large; `pair_concentration` (`model.concentration`) and the \
@@ -237,13 +237,14 @@ def _latents(trace: poutine.Trace) -> list[tuple[str, Mapping[str, Any]]]:
         and not site["is_observed"]
         and not site_is_subsample(site)
         and not site_is_factor(site)
-        and not site["infer"].get("is_auxiliary")
+        and not (site["infer"] or {}).get("is_auxiliary")
+        and isinstance(site["value"], torch.Tensor)
         and site["value"].numel()
     ]
 
 
 def _is_deterministic(site: Mapping[str, Any]) -> bool:
-    return bool(site["infer"].get("_deterministic"))
+    return bool((site["infer"] or {}).get("_deterministic"))
 
 
 def _deterministics(trace: poutine.Trace) -> list[tuple[str, Mapping[str, Any]]]:
@@ -251,7 +252,7 @@ def _deterministics(trace: poutine.Trace) -> list[tuple[str, Mapping[str, Any]]]
 
 
 def _direction_and_concentration(site: Mapping[str, Any]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Mean direction and concentration of a site's distribution under its masks and expansions, None where it has none."""
+    """Mean direction and concentration of a site's distribution under its masks and expansions, None where missing."""
     fn = site["fn"]
     while isinstance(
         fn,
@@ -325,7 +326,7 @@ def _container(
         "arviz_version": arviz.__version__,
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
     }
-    datasets = {}
+    datasets: dict[str, Any] = {}
     for group, variables in groups.items():
         sizes = {dim: size for dims, array in variables.values() for dim, size in zip(dims, array.shape, strict=True)}
         labels = {dim: coords.get(dim, np.arange(size)) for dim, size in sizes.items()}

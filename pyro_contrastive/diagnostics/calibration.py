@@ -2,9 +2,9 @@ r"""Calibration of posteriors on the sphere against a known truth.
 
 Everything takes and returns arrays. The test quantity throughout is the angle to the posterior's mean direction: a
 *credible cap* of level p is the set of points closer to the mean direction than the p-quantile of that angle, and the
-probability integral transform (PIT) of a truth is the level of the cap that just reaches it. When the posterior is right
-the PIT values are uniform on [0, 1] (Cook, Gelman & Rubin 2006; Talts et al. 2018, arXiv 1804.06788). Too many large values:
-over-confident. Too many small ones: under-confident.
+probability integral transform (PIT) of a truth is the level of the cap that just reaches it. When the posterior is
+right the PIT values are uniform on [0, 1] (Cook, Gelman & Rubin 2006; Talts et al. 2018, arXiv 1804.06788). Too many
+large values: over-confident. Too many small ones: under-confident.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Pictures of the diagnostics: matplotlib axes in, axes out, colours that colour-blind readers can tell apart.
 
-Every function takes `ax=None` and returns the axes; without axes it makes a new figure on the Agg canvas, so that neither
-pyplot nor the user's backend or settings are touched: `plot_coverage(c).figure.savefig("coverage.png")`.
+Every function takes `ax=None` and returns the axes; without axes it makes a new figure on the Agg canvas, so that
+neither pyplot nor the user's backend or settings are touched: `plot_coverage(c).figure.savefig("coverage.png")`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -90,7 +90,8 @@ def plot_pit(pit: ArrayLike, *, ax: Axes | None = None) -> Axes:
         ax: Axes to draw on; a new figure without.
 
     Returns:
-        The axes. A curve above zero: under-confident posteriors (truths too often near the centre). Below: over-confident.
+        The axes. A curve above zero: under-confident posteriors (truths too often near the centre). Below:
+        over-confident.
     """
     ax = _axes(ax)
     values = np.sort(np.asarray(pit, dtype=np.float64))
@@ -276,10 +277,10 @@ def _images(images: np.ndarray, batch_and_pixels: int) -> np.ndarray:
 
 
 def plot_aggregate(points: ArrayLike | torch.Tensor, *, ax: Axes | None = None) -> Axes:
-    """Coordinates of one draw per item along the principal axes, against those of uniform points.
+    r"""Coordinates of one draw per item along the principal axes, against those of uniform points.
 
     The distribution function of the cosine to each principal axis of the points (the eigenvectors of their second
-    moments) is drawn over that of a coordinate of a uniform point, :math:`(1+t)/2 \\sim` Beta((d-1)/2, (d-1)/2).
+    moments) is drawn over that of a coordinate of a uniform point, :math:`(1+t)/2 \sim` Beta((d-1)/2, (d-1)/2).
 
     Args:
         points: One draw per item, shape (N, d) on the unit sphere.
@@ -298,9 +299,8 @@ def plot_aggregate(points: ArrayLike | torch.Tensor, *, ax: Axes | None = None) 
     for index, axis in enumerate(vectors.T):
         extreme = {0: (_ORANGE, "least used axis"), d - 1: (_BLUE, "most used axis")}.get(index)
         colour, name = extreme or (_GREY, None)
-        strong = extreme is not None
-        ax.plot(np.sort(z @ axis), height, color=colour, alpha=1.0 if strong else 0.25, linewidth=1.8 if strong else 0.8,
-                label=name, zorder=2 if strong else 1)  # fmt: skip
+        style: dict[str, Any] = {"alpha": 1.0, "linewidth": 1.8, "zorder": 2} if extreme else {"alpha": 0.25, "linewidth": 0.8}
+        ax.plot(np.sort(z @ axis), height, color=colour, label=name, **style)
     half = 0.5 * (d - 1)
     ax.plot(grid, stats.beta.cdf(0.5 * (1 + grid), half, half), color="black", linestyle="--", linewidth=1.5,
             label="uniform", zorder=3)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The evaluation of a trained pair as sections of a report: a world with a known posterior, and labelled images without.
+"""A trained pair evaluated, as sections of a report: in a world with a known posterior, and on labelled images.
 
 `sphere_report` and `image_report` compute, write PNGs and `posterior.nc` into a folder and return a `Section`;
 `write_html` and `write_summary` turn sections into one page and one flat file of figures.
@@ -70,7 +70,8 @@ class _Album:
 
     def add(self, name: str, axes: Axes, caption: str) -> None:
         path = self.out / f"{name}.png"
-        axes.figure.savefig(path)
+        figure: Any = axes.figure
+        figure.savefig(path)
         self.pictures.append(Picture(path, caption))
 
 
@@ -88,8 +89,8 @@ def sphere_report(
 ) -> Section:
     """Scores a trained pair on fresh items of a world whose posterior is known.
 
-    The latent space is identified up to one rotation, which is fitted on half of the items; the figures are those of the
-    other half. Coverage is of the true latent points by the credible caps of `guide.posterior(x1)`.
+    The latent space is identified up to one rotation, which is fitted on half of the items; the figures are those of
+    the other half. Coverage is of the true latent points by the credible caps of `guide.posterior(x1)`.
 
     Args:
         model: The trained model.
@@ -103,8 +104,8 @@ def sphere_report(
         progress: Whether to show progress bars.
 
     Returns:
-        The section with the figures `spearman_concentration`, `concentration_error`, `cosine_correlation`, `mean_angle`,
-        `coverage_50/80/95`, `exact_coverage_50/80/95`, `pit_pvalue`, `concentration_q05/q95`, `mean_resultant_length`,
+        The section with the figures `spearman_concentration`, `concentration_error`, `cosine_correlation`,
+        `mean_angle`, `coverage_50/80/95`, `exact_coverage_50/80/95`, `pit_pvalue`, `concentration_q05/q95`, `mean_resultant_length`,
         `eigenvalue_ratio`, `uniformity_pvalue`, and where the model allows `pair_concentration`,
         `pair_concentration_sampled`, `partner_accuracy`.
     """
@@ -189,8 +190,8 @@ def image_report(
 ) -> Section:
     """Checks a trained pair on held-out labelled images, where no true posterior is known.
 
-    Every held-out image is damaged by a known amount; a posterior to be trusted widens with the damage and is right more
-    often where it is narrow. Accuracy is that of 5 nearest neighbours among the clean training images.
+    Every held-out image is damaged by a known amount; a posterior to be trusted widens with the damage and is right
+    more often where it is narrow. Accuracy is that of 5 nearest neighbours among the clean training images.
 
     Args:
         model: The trained model.
@@ -210,8 +211,8 @@ def image_report(
     Returns:
         The section with the figures `spearman_corruption`, `knn_clean`, `knn_corrupted`, `accuracy_q1` (surest) to
         `accuracy_q4`, `accuracy_drop`, `concentration_q05/q95`, `mean_resultant_length`, `eigenvalue_ratio`,
-        `uniformity_pvalue` and, where the model allows, `partner_accuracy`. Those that need varied concentrations are NaN
-        for a point guide.
+        `uniformity_pvalue` and, where the model allows, `partner_accuracy`. Those that need varied concentrations are
+        NaN for a point guide.
     """
     album = _Album(Path(out))
     generator = torch.Generator().manual_seed(seed)
@@ -242,8 +243,8 @@ def image_report(
         album.add(
             "concentration_vs_corruption",
             plots.plot_concentration_vs_corruption(level, kappa),
-            "Every point is a held-out image, damaged by a known amount that the encoder is not told. Falling from left "
-            "to right: the posterior widens as it should.",
+            "Every point is a held-out image, damaged by a known amount that the encoder is not told. Falling from "
+            "left to right: the posterior widens as it should.",
         )
         album.add(
             "accuracy_by_quartile",
@@ -372,8 +373,8 @@ def _coverage_reading(reached: Coverage) -> str:
 
 def _corruption_reading(figures: Mapping[str, float]) -> str:
     return (
-        f"The concentration follows the damage with a rank correlation of {figures['spearman_corruption']:.2f}. Nearest "
-        f"neighbours are right for {figures['accuracy_q1']:.0%} of the surest quarter of the damaged images and for "
+        f"The concentration follows the damage with a rank correlation of {figures['spearman_corruption']:.2f}. "
+        f"Nearest neighbours are right for {figures['accuracy_q1']:.0%} of the surest quarter of the damaged images and for "
         f"{figures['accuracy_q4']:.0%} of the least sure quarter; for clean images {figures['knn_clean']:.0%}."
     )
 
@@ -385,4 +386,4 @@ def _aggregate_reading(draws: FloatArray) -> str:
     by_chance = (1 + np.sqrt(result.dim / result.num_points)) ** 2
     uniform = length < 0.1 + 2 / np.sqrt(result.num_points) and ratio < 1.25 * by_chance
     verdict = "close to uniform, as it should be" if uniform else "not uniform: take the level of the widths with care"
-    return f"The aggregate posterior is {verdict} (mean length {length:.2f}, largest eigenvalue {ratio:.1f} times uniform)."
+    return f"The aggregate posterior is {verdict} (mean length {length:.2f}, largest eigenvalue ratio {ratio:.1f})."

@@ -122,7 +122,7 @@ class Uniformity:
 
     Attributes:
         mean_resultant_length: Length of the mean vector, 0 (uniform, up to 1/sqrt(N)) to 1.
-        eigenvalue_ratio: d times the largest eigenvalue of the mean of z z^T: 1 when uniform (up to noise), d on a line.
+        eigenvalue_ratio: d times the largest eigenvalue of the mean of z z^T: 1 when uniform, d when on a line.
         smallest_eigenvalue_ratio: d times the smallest one: 1 when uniform, 0 when a direction is never used.
         rayleigh_pvalue: p-value against a preferred direction.
         bingham_pvalue: p-value against a preferred axis or an unused one.
@@ -150,8 +150,8 @@ def aggregate_uniformity(points: ArrayLike | torch.Tensor) -> Uniformity:
     Rayleigh: :math:`d N \bar R^2 \sim \chi^2_d`, here with Jupp's correction, which leaves an error of order
     :math:`N^{-2}` (Mardia & Jupp 2000, section 10.4.1; Jupp 2001, Ann. Statist. 29). It sees a preferred direction.
     Bingham: :math:`\frac{N d (d+2)}{2}(\mathrm{tr}\,T^2 - 1/d) \sim \chi^2_{(d-1)(d+2)/2}` with
-    :math:`T = \frac1N\sum z z^\top` (Bingham 1974; Mardia & Jupp 2000, section 10.7.1). It sees preferred axes, antipodal
-    clusters and unused dimensions. p-values shrink with N for any departure: judge its size by the effect sizes.
+    :math:`T = \frac1N\sum z z^\top` (Bingham 1974; Mardia & Jupp 2000, section 10.7.1). It sees preferred axes,
+    antipodal clusters and unused dimensions. p-values shrink with N for any departure: judge its size by the effect sizes.
 
     Args:
         points: One draw per item (so that points are independent), shape (N, d) on the unit sphere.

@@ -73,7 +73,7 @@ class Model(PyroModule):
             pyro.sample("z2", dist.VonMisesFisher(z1, torch.tensor(self.concentration)))
 
     def partner_logits(self, x1, x2):
-        return 20.0 * x1[:, :D] @ x2[:, :D].mT
+        return 20.0 * x1.flatten(1)[:, :D] @ x2.flatten(1)[:, :D].mT
 
 
 def test_sphere_report_of_an_exact_posterior(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["FloatArray", "as_array", "geodesic_angle", "unit_vectors"]
+__all__ = ["FloatArray", "as_array", "derived_seed", "geodesic_angle", "unit_vectors"]
 
 FloatArray = NDArray[np.float64]
 
@@ -26,6 +26,22 @@ def as_array(values: ArrayLike | torch.Tensor) -> NDArray[Any]:
         values = values.detach().cpu()
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
     return np.asarray(values)
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """Seed of a stream that shares nothing with streams of the same `seed` elsewhere.
+
+    Posterior draws that reuse the stream which made the data are correlated with the truth they are judged by, and
+    `torch.manual_seed(0)` in both places is all it takes.
+
+    Args:
+        seed: The user's seed, >= 0.
+        purpose: What the stream is for; different purposes give unrelated streams.
+
+    Returns:
+        An integer in [0, 2**32).
+    """
+    return int(np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1)[0])
 
 
 def unit_vectors(values: ArrayLike | torch.Tensor, name: str, *, tolerance: float = 1e-3) -> FloatArray:

@@ -14,6 +14,8 @@ from pyro.params.param_store import StateDict, normalize_param_name
 from pyro.util import get_rng_state, set_rng_state
 from torch import nn
 
+from pyro_contrastive.diagnostics._arrays import derived_seed
+
 __all__ = ["evaluation", "modules_of"]
 
 
@@ -85,7 +87,7 @@ def evaluation(*programs: Callable[..., object], seed: int | None = None) -> Ite
             for module in modules:
                 module.eval()
             if seed is not None:
-                pyro.set_rng_seed(seed)
+                pyro.set_rng_seed(derived_seed(seed, "evaluation"))
             yield parameters[0].device if parameters else torch.device("cpu")
         finally:
             for module, training in modes.items():

@@ -285,7 +285,9 @@ def _partner_draws(
     partner_logits = getattr(model, "partner_logits", None)
     if partner_logits is None:
         return None, "the model has no method partner_logits(*views)"
-    logits = partner_logits(*views)
+    logits, n = partner_logits(*views), len(views[0])
+    if logits.shape != (n, n):
+        raise ValueError(f"`model.partner_logits` must return one row of scores per item, ({n}, {n}), got {logits.shape}")
     return as_array(torch.distributions.Categorical(logits=logits).sample(torch.Size([num_samples]))), ""
 
 

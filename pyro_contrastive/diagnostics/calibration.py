@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
 from pyro_contrastive import distributions as sphere
-from pyro_contrastive.diagnostics._arrays import FloatArray, as_array, geodesic_angle, unit_vectors
+from pyro_contrastive.diagnostics._arrays import FloatArray, as_array, derived_seed, geodesic_angle, unit_vectors
 from pyro_contrastive.ops import inverse_bessel_ratio
 
 __all__ = [
@@ -214,7 +214,7 @@ def _draws(posterior: Any, num_samples: int, seed: int) -> FloatArray:
     """Unit vectors (num_samples, N, d) drawn without touching the caller's random state."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.manual_seed(derived_seed(seed, "posterior draws"))
         return unit_vectors(posterior.sample(torch.Size([num_samples])), "draws")
 
 

@@ -299,7 +299,9 @@ def plot_aggregate(points: ArrayLike | torch.Tensor, *, ax: Axes | None = None) 
     for index, axis in enumerate(vectors.T):
         extreme = {0: (_ORANGE, "least used axis"), d - 1: (_BLUE, "most used axis")}.get(index)
         colour, name = extreme or (_GREY, None)
-        style: dict[str, Any] = {"alpha": 1.0, "linewidth": 1.8, "zorder": 2} if extreme else {"alpha": 0.25, "linewidth": 0.8}
+        style: dict[str, Any] = (
+            {"alpha": 1.0, "linewidth": 1.8, "zorder": 2} if extreme else {"alpha": 0.25, "linewidth": 0.8}
+        )
         ax.plot(np.sort(z @ axis), height, color=colour, label=name, **style)
     half = 0.5 * (d - 1)
     ax.plot(grid, stats.beta.cdf(0.5 * (1 + grid), half, half), color="black", linestyle="--", linewidth=1.5,

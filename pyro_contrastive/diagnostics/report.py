@@ -105,9 +105,9 @@ def sphere_report(
 
     Returns:
         The section with the figures `spearman_concentration`, `concentration_error`, `cosine_correlation`,
-        `mean_angle`, `coverage_50/80/95`, `exact_coverage_50/80/95`, `pit_pvalue`, `concentration_q05/q95`, `mean_resultant_length`,
-        `eigenvalue_ratio`, `uniformity_pvalue`, and where the model allows `pair_concentration`,
-        `pair_concentration_sampled`, `partner_accuracy`.
+        `mean_angle`, `coverage_50/80/95`, `exact_coverage_50/80/95`, `pit_pvalue`, `concentration_q05/q95`,
+        `mean_resultant_length`, `eigenvalue_ratio`, `uniformity_pvalue`, and where the model allows
+        `pair_concentration`, `pair_concentration_sampled`, `partner_accuracy`.
     """
     album = _Album(Path(out))
     batch = world.sample(num_items, seed=seed)
@@ -374,8 +374,8 @@ def _coverage_reading(reached: Coverage) -> str:
 def _corruption_reading(figures: Mapping[str, float]) -> str:
     return (
         f"The concentration follows the damage with a rank correlation of {figures['spearman_corruption']:.2f}. "
-        f"Nearest neighbours are right for {figures['accuracy_q1']:.0%} of the surest quarter of the damaged images and for "
-        f"{figures['accuracy_q4']:.0%} of the least sure quarter; for clean images {figures['knn_clean']:.0%}."
+        f"Nearest neighbours are right for {figures['accuracy_q1']:.0%} of the surest quarter of the damaged images "
+        f"and for {figures['accuracy_q4']:.0%} of the least sure quarter; for clean images {figures['knn_clean']:.0%}."
     )
 
 

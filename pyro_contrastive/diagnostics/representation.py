@@ -151,7 +151,7 @@ def aggregate_uniformity(points: ArrayLike | torch.Tensor) -> Uniformity:
     :math:`N^{-2}` (Mardia & Jupp 2000, section 10.4.1; Jupp 2001, Ann. Statist. 29). It sees a preferred direction.
     Bingham: :math:`\frac{N d (d+2)}{2}(\mathrm{tr}\,T^2 - 1/d) \sim \chi^2_{(d-1)(d+2)/2}` with
     :math:`T = \frac1N\sum z z^\top` (Bingham 1974; Mardia & Jupp 2000, section 10.7.1). It sees preferred axes,
-    antipodal clusters and unused dimensions. p-values shrink with N for any departure: judge its size by the effect sizes.
+    antipodal clusters and unused dimensions. p-values shrink with N for any departure: judge by the effect sizes.
 
     Args:
         points: One draw per item (so that points are independent), shape (N, d) on the unit sphere.

@@ -235,6 +235,16 @@ def test_statistics_that_are_not_per_item_are_summed(views):
     np.testing.assert_allclose(data["sample_stats"]["log_p"].values[0], expected, rtol=1e-5)
 
 
+def test_pit_values_are_laid_out_for_the_plots_of_arviz(pair, views, tmp_path):
+    pit = np.random.default_rng(0).uniform(size=60)
+    data = to_arviz(*pair, views, num_samples=2, sbc={"angle1": pit})
+    data.to_netcdf(tmp_path / "posterior.nc")
+    data = az.from_netcdf(tmp_path / "posterior.nc")
+    np.testing.assert_array_equal(data["prior_sbc"]["angle1"].values, pit[None])
+    if hasattr(az, "plot_ecdf_pit"):
+        az.plot_ecdf_pit(data, backend="none")
+
+
 def test_errors(pair, views):
     with pytest.raises(TypeError, match="tuple of tensors"):
         to_arviz(*pair, views[0])

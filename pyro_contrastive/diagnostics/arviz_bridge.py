@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from pyro import distributions as pyro_dist
 from pyro import poutine
 from pyro.poutine.util import site_is_factor, site_is_subsample
@@ -39,6 +40,7 @@ def to_arviz(
     attrs: Mapping[str, str | int | float] | None = None,
     view_names: Sequence[str] | None = None,
     store_views: bool | None = None,
+    sbc: Mapping[str, ArrayLike] | None = None,
     prior: bool = True,
     progress: bool = False,
 ) -> Any:
@@ -58,6 +60,7 @@ the batch, so pointwise leave-one-out (`arviz.loo`) is not valid for them |
     | observed_data | `partner`: item i belongs to item i |
     | constant_data | the views, or `index` when they are large; `pair_concentration` (`model.concentration`) and the \
 scalar parameters of the model by name |
+    | prior_sbc | the PIT values of `sbc`, laid out for `arviz.plot_ecdf_pit` (1.x) |
 
     The modules run in eval mode, without gradients and with their own random stream; modes, random states and
     parameter store of the caller are left as they were. Draws are made one after the other, so that memory is that of
@@ -73,6 +76,7 @@ scalar parameters of the model by name |
         attrs: Further attributes of the result and of each group.
         view_names: Names of the views in constant_data, default x1, x2, ...
         store_views: Whether constant_data holds the views; None stores up to 2**20 numbers.
+        sbc: PIT values in [0, 1] by test quantity, each of shape (number of simulations,), see `calibration`.
         prior: Whether to draw from the prior as well. Where the model cannot run without its guide the group is left
             out and the attribute `prior_skipped` says why.
         progress: Whether to show a progress bar.
@@ -120,6 +124,8 @@ scalar parameters of the model by name |
         info["posterior_predictive_skipped"] = reason
     else:
         groups["posterior_predictive"] = {"partner": ((*_DRAW, "item"), partners[None])}
+    if sbc:
+        groups["prior_sbc"] = {name: (_DRAW, np.asarray(pit, dtype=np.float64)[None]) for name, pit in sbc.items()}
     groups["observed_data"] = {"partner": (("item",), np.arange(len(views[0])))}
     groups["constant_data"] = constants
     return _container(groups, coords or {}, {**info, **(attrs or {})})
@@ -287,7 +293,9 @@ def _partner_draws(
         return None, "the model has no method partner_logits(*views)"
     logits, n = partner_logits(*views), len(views[0])
     if logits.shape != (n, n):
-        raise ValueError(f"`model.partner_logits` must return one row of scores per item, ({n}, {n}), got {logits.shape}")
+        raise ValueError(
+            f"`model.partner_logits` must return one row of scores per item, ({n}, {n}), got {logits.shape}"
+        )
     return as_array(torch.distributions.Categorical(logits=logits).sample(torch.Size([num_samples]))), ""
 
 

@@ -71,7 +71,8 @@ def plot_coverage(coverage: Coverage | Mapping[str, Coverage], *, ax: Axes | Non
     several = {"credible caps": coverage} if isinstance(coverage, Coverage) else coverage
     for colour, (name, one) in zip(_CYCLE, several.items(), strict=False):
         ax.fill_between(one.levels, one.lower, one.upper, color=colour, alpha=0.2, linewidth=0)
-        ax.plot(one.levels, one.empirical, color=colour, marker="o", markersize=5, label=name)
+        marker = "o" if len(one.levels) <= 12 else ""
+        ax.plot(one.levels, one.empirical, color=colour, marker=marker, markersize=5, linewidth=1.8, label=name)
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     ax.legend(fontsize=10, frameon=False)
     _label(ax, "nominal level of the cap", "share of true points inside", "Coverage of credible caps")
@@ -103,9 +104,10 @@ def plot_pit(pit: ArrayLike, *, ax: Axes | None = None) -> Axes:
     # both sides of every step of the empirical distribution function
     x = np.r_[0.0, np.repeat(values, 2), 1.0]
     y = np.r_[0.0, np.repeat(np.arange(n + 1) / n, 2)[1:-1], 1.0] - x
-    ax.plot(x, y, color=_BLUE, linewidth=1.5, label=f"posterior (p = {pvalue:.2g})")
-    reach = 1.15 * max(np.abs(y).max(), band)
-    ax.set(xlim=(0, 1), ylim=(-reach, 1.25 * reach))
+    name = f"p = {pvalue:.2g}" if pvalue >= 1e-6 else "p < 1e-6"
+    ax.plot(x, y, color=_BLUE, linewidth=1.5, label=f"posterior ({name})")
+    low, high = min(y.min(), -band), max(y.max(), band)
+    ax.set(xlim=(0, 1), ylim=(low - 0.1 * (high - low), high + 0.35 * (high - low)))  # room for the legend
     ax.legend(fontsize=10, frameon=False, loc="upper right")
     _label(ax, "PIT: level of the cap that reaches the truth", "ECDF - uniform", "Calibration at every level")
     return ax
@@ -212,7 +214,8 @@ def plot_accuracy_by_quartile(accuracy: ArrayLike | Mapping[str, ArrayLike], *, 
         bars = ax.bar(x, heights, width=0.92 * width, color=_CYCLE[index % len(_CYCLE)], label=name or None)
         ax.bar_label(bars, fmt="%.2f", fontsize=10 if len(several) < 3 else 8, padding=2)
     groups = len(heights)
-    names = ["surest", *[f"{k}." for k in range(2, groups)], "least sure"] if groups > 1 else ["all"]
+    middle = [{2: "2nd", 3: "3rd"}.get(k, f"{k}th") for k in range(2, groups)]
+    names = ["surest", *middle, "least sure"] if groups > 1 else ["all"]
     ax.set_xticks(range(groups), names)
     ax.set_ylim(0, 1.08)
     if any(several):
@@ -310,7 +313,7 @@ def plot_aggregate(points: ArrayLike | torch.Tensor, *, ax: Axes | None = None) 
     ax.set(xlim=(-reach, reach), ylim=(0, 1))
     ax.legend(fontsize=10, frameon=False, loc="upper left")
     summary = f"mean length {result.mean_resultant_length:.3f}, eigenvalue ratio {result.eigenvalue_ratio:.2f}"
-    _label(ax, "cosine to a principal axis", "share of draws below", f"Aggregate posterior: {summary}")
+    _label(ax, "cosine to a principal axis", "share of draws below", f"Aggregate posterior\n{summary}")
     return ax
 
 

@@ -161,7 +161,7 @@ def sphere_report(
     )
     _finish(album, draws, history)
     views = (x1[:_STORED_ITEMS], x2[:_STORED_ITEMS])
-    _store(album.out, model, guide, views, seed=seed, progress=progress)
+    _store(album.out, model, guide, views, seed=seed, progress=progress, sbc={"angle1": pit})
     return Section(
         title=title or f"A world with a known posterior, seed {seed}",
         kind="sphere",
@@ -318,9 +318,16 @@ def _finish(album: _Album, draws: FloatArray, history: Mapping[str, Sequence[flo
 
 
 def _store(
-    out: Path, model: Callable[..., Any], guide: Any, views: tuple[Tensor, Tensor], *, seed: int, progress: bool
+    out: Path,
+    model: Callable[..., Any],
+    guide: Any,
+    views: tuple[Tensor, Tensor],
+    *,
+    seed: int,
+    progress: bool,
+    sbc: Mapping[str, FloatArray] | None = None,
 ) -> None:
-    data = to_arviz(model, guide, views, num_samples=_STORED_DRAWS, seed=seed, progress=progress)
+    data = to_arviz(model, guide, views, num_samples=_STORED_DRAWS, seed=seed, progress=progress, sbc=sbc)
     data.to_netcdf(out / "posterior.nc")
 
 

@@ -161,6 +161,18 @@ def test_the_parameters_are_the_trained_ones_however_they_were_trained(pair, vie
     assert float(data["constant_data"]["pair_concentration"]) == pytest.approx(9.0)
 
 
+def test_modules_in_the_local_mode_of_the_caller(views):
+    with pyro.settings.context(module_local_params=True):
+        guide = Guide()
+        model = Model(guide)
+        Trace_ELBO()(model, guide)(*views).backward()
+        with torch.no_grad():
+            model.concentration_unconstrained.fill_(np.log(6.0))
+        data = to_arviz(model, guide, views, num_samples=2)
+        assert float(data["constant_data"]["pair_concentration"]) == pytest.approx(6.0)
+        assert pyro.settings.get("module_local_params") is True
+
+
 def test_plain_functions(views):
     encoder = nn.Sequential(nn.Linear(4, D), nn.BatchNorm1d(D))
 

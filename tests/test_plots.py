@@ -33,7 +33,9 @@ CALLS = {
         **k,
     ),  # fmt: skip
     "aggregate": lambda **k: plots.plot_aggregate(POINTS, **k),
-    "history": lambda **k: plots.plot_history({"loss": 5 + np.exp(-np.arange(400) / 50), "val": [5.5, 5.2]}, **k),
+    "history": lambda **k: plots.plot_history(
+        {"step": np.arange(0, 4000, 10), "loss": 5 + np.exp(-np.arange(400) / 50), "lr": np.full(400, 1e-3)}, **k
+    ),
 }
 
 
@@ -73,6 +75,12 @@ def test_bars_and_points_show_the_numbers():
     ax = plots.plot_concentration_recovery([1.0, 2.0, 4.0], [1.0, np.inf, 5.0])
     np.testing.assert_array_equal(ax.collections[0].get_offsets(), [[1.0, 1.0], [4.0, 5.0]])
     assert "1 infinite" in ax.get_title()
+
+
+def test_history_runs_over_the_steps_and_shows_losses_only():
+    ax = plots.plot_history({"step": [10, 20, 30], "loss": [3.0, 2.0, 1.0], "lr": [1e-3, 5e-4, 0.0]})
+    assert len(ax.lines) == 1
+    np.testing.assert_array_equal(ax.lines[0].get_xydata(), [[10, 3], [20, 2], [30, 1]])
 
 
 def test_infinite_concentrations_everywhere_leave_an_empty_picture():

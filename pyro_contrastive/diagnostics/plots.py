@@ -321,7 +321,8 @@ def plot_history(history: Mapping[str, Sequence[float]], *, ax: Axes | None = No
     """Loss (and its parts) against training steps.
 
     Args:
-        history: Curves by name, one value per step or epoch; shorter curves are stretched over the same axis.
+        history: Curves by name, one value per row. A column "step" is the horizontal axis (without it, the row); "lr"
+            is not a loss and left out.
         ax: Axes to draw on; a new figure without.
 
     Returns:
@@ -330,18 +331,18 @@ def plot_history(history: Mapping[str, Sequence[float]], *, ax: Axes | None = No
     from scipy.ndimage import median_filter
 
     ax = _axes(ax)
-    longest = max((len(values) for values in history.values()), default=0)
-    for index, (name, values) in enumerate(history.items()):
+    curves = {name: values for name, values in history.items() if name not in ("step", "lr")}
+    for index, (name, values) in enumerate(curves.items()):
         colour, y = _CYCLE[index % len(_CYCLE)], np.asarray(values, dtype=np.float64)
         if not len(y):
             continue
-        x = np.linspace(longest / len(y), longest, len(y))
+        x = np.asarray(history.get("step", range(1, len(y) + 1)), dtype=np.float64)
         if len(y) >= 100:
             ax.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
             y = median_filter(y, size=max(len(y) // 50, 3), mode="nearest")
         ax.plot(x, y, color=colour, linewidth=1.8, label=name)
-    ax.set_xlim(0, max(longest, 1))
-    if history:
+    ax.set_xlim(left=0)
+    if curves:
         ax.legend(fontsize=10, frameon=False)
     _label(ax, "step", "loss per item", "Training")
     return ax

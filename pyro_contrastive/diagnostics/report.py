@@ -51,7 +51,7 @@ _CHUNK = 2048  # images that one pass of the encoder sees
 class World(Protocol):
     """A generative world whose exact posterior is known, such as `pyro_contrastive.data.SphereWorld`."""
 
-    def sample(self, n: int, *, seed: int) -> Any:
+    def sample(self, n: int, /, *, seed: int) -> Any:
         """Returns n pairs with fields x1, x2, z1, z2, mean_direction1, concentration1 (and the same for view 2)."""
         ...
 

@@ -55,15 +55,15 @@ _MEANING: dict[str, tuple[str, str]] = {
     "coverage_50": ("coverage of 50 % caps", "share of true points inside; .50 is best, less is over-confident"),
     "coverage_80": ("coverage of 80 % caps", "share of true points inside; .80 is best, less is over-confident"),
     "coverage_95": ("coverage of 95 % caps", "share of true points inside; .95 is best, less is over-confident"),
-    "exact_coverage_50": ("the same of the exact posterior", "what the sampling noise of this test set allows"),
-    "exact_coverage_80": ("the same of the exact posterior", "what the sampling noise of this test set allows"),
-    "exact_coverage_95": ("the same of the exact posterior", "what the sampling noise of this test set allows"),
+    "exact_coverage_50": ("exact posterior, 50 % caps", "what the sampling noise of this test set allows"),
+    "exact_coverage_80": ("exact posterior, 80 % caps", "what the sampling noise of this test set allows"),
+    "exact_coverage_95": ("exact posterior, 95 % caps", "what the sampling noise of this test set allows"),
     "pit_pvalue": (
         "p-value of calibration",
         "small when miscalibrated; falls with the number of items for any fixed error",
     ),
     "pair_concentration": ("concentration of the pair prior", "as the model learned it or was given it"),
-    "pair_concentration_sampled": ("the same, from sampled pairs", "fitted to pairs of posterior draws; should agree"),
+    "pair_concentration_sampled": ("the same, from sampled pairs", "fitted to pairs of posterior draws; agrees with a learned prior"),
     "spearman_corruption": ("rank correlation with -corruption", "concentration against damage applied; 1 is best"),
     "knn_clean": ("5-NN accuracy, clean images", "neighbours among clean training images; 1 is best"),
     "knn_corrupted": ("5-NN accuracy, corrupted images", "damage lowers it; the posterior should know where"),
@@ -144,7 +144,8 @@ def write_html(out: str | Path, title: str, sections: Sequence[Section]) -> Path
 
 def _group(sections: list[Section]) -> str:
     first = sections[0]
-    parts = [f"<h2>{escape(first.title)}</h2>"]
+    title = first.title.removesuffix(f", seed {first.seed}") if len(sections) > 1 else first.title
+    parts = [f"<h2>{escape(title)}</h2>"]
     parts += [f"<p>{escape(sentence)}</p>" for sentence in first.reading]
     parts += [_table(sections), _pictures(first)]
     for section in sections[1:]:

@@ -171,14 +171,19 @@ class RunConfig:
         """
         path = Path(folder) / "config.json"
         try:
-            found = json.loads(path.read_text())
-            return cls(**{k: math.inf if v == "inf" else v for k, v in found.items()})
+            found: dict[str, Any] = json.loads(path.read_text())
+            values: dict[str, Any] = {k: math.inf if v == "inf" else v for k, v in found.items()}
+            return cls(**values)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{folder} holds no run (no config.json); make one with `pyro-contrastive fit --out {folder}`"
             ) from None
         except (TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from error
+
+
+def _observed_dim(dim: int) -> int:
+    return max(32, 2 * dim)
 
 
 class Run:
@@ -196,7 +201,7 @@ class Run:
         assert config.dim is not None and config.concentration is not None
         with seeded(config.seed):
             digits = config.data == "digits"
-            encoder = nets.mlp([64 if digits else 32, 128, 128], batch_norm=digits)
+            encoder = nets.mlp([64 if digits else _observed_dim(config.dim), 128, 128], batch_norm=digits)
             self.guide = GUIDES[config.guide][0](encoder, config.dim)
             if config.method == "rpm":
                 self.model: nn.Module = models.RPM(self.guide, concentration=config.concentration)
@@ -208,7 +213,7 @@ class Run:
         config = self.config
         assert config.dim is not None and config.concentration is not None
         pair_concentration = config.concentration if config.method == "mcinfonce" else 20.0
-        return SphereWorld(config.dim, pair_concentration=pair_concentration)
+        return SphereWorld(config.dim, pair_concentration=pair_concentration, observed_dim=_observed_dim(config.dim))
 
     def batches(self, device: torch.device) -> Iterable[tuple[torch.Tensor, ...]]:
         """Give the training views.

@@ -269,7 +269,7 @@ def _demo(args: argparse.Namespace) -> int:
     if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0:
         raise UsageError(f"`seeds` must be different and >= 0, got {args.seeds}")
     device = _device(args.device)
-    digits_steps, sphere_steps = (20, 20) if args.small else (None, 2_000)
+    digits_steps, sphere_steps = (20, 20) if args.small else (None, 1_500)
     plan = [
         (
             args.out if position == 0 else args.out / f"seed{seed}",

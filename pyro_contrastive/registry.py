@@ -206,7 +206,7 @@ class Run:
             if config.method == "rpm":
                 self.model: nn.Module = models.RPM(self.guide, concentration=config.concentration)
             else:
-                self.model = models.MCInfoNCE(self.guide, concentration=config.concentration, evidence=config.evidence)
+                self.model = models.MCInfoNCE(self.guide, concentration=config.concentration, evidence=config.evidence)  # type: ignore[arg-type]
 
     def world(self) -> SphereWorld:
         """Build the world of a ``sphere`` run: its pairs are related as MCInfoNCE assumes (kappa 20 for RPM)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from pyro.distributions.kl import register_kl
 from torch import Tensor
 

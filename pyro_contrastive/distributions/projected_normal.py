@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_contrastive.ops.projected import log_radial_integral
 
 ENTROPY_NUM_SAMPLES = 16
-"""Draws per element behind ``ProjectedNormal.entropy()`` and ``kl_divergence(ProjectedNormal, HypersphericalUniform)``."""
+"""Draws per element behind ``ProjectedNormal.entropy()``, and so behind its ``kl_divergence`` to the uniform law."""
 
 
 class ProjectedNormal(TorchDistribution):
@@ -124,7 +124,7 @@ class ProjectedNormal(TorchDistribution):
             "use `.mean_direction` for its direction or `.rsample((n,)).mean(0)` for an estimate"
         )
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw from the distribution, with the pathwise gradient to both parameters.
 
         Args:
@@ -135,7 +135,7 @@ class ProjectedNormal(TorchDistribution):
         """
         return _normalize(self._rsample_gaussian(sample_shape))
 
-    def _rsample_gaussian(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def _rsample_gaussian(self, sample_shape: Any) -> Tensor:
         """The Gaussian ``w`` before projection, shape ``(*sample_shape, *batch, d)``."""
         shape = self._extended_shape(torch.Size(sample_shape))
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)

@@ -76,7 +76,7 @@ class _RadialCumulant(torch.autograd.Function):
         return grad * derivative, None, None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _gauss_legendre(num_nodes: int) -> tuple[tuple[float, float], ...]:
     """Pairs (node, weight) on [-1, 1]."""
     nodes, weights = np.polynomial.legendre.leggauss(num_nodes)

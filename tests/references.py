@@ -78,21 +78,22 @@ def _radial_quad(dim: int, a: float, power: int) -> tuple[mp.mpf, mp.mpf, mp.mpf
         return (r - mode) ** power * mp.exp(k * mp.log(r / mode) - ((r - a) ** 2 - (mode - a) ** 2) / 2)
 
     points = sorted({max(mode + j * width, mp.mpf(0)) for j in (-14, -6, -2, 0, 2, 6, 14, 30, 60, 100)})
-    return k * mp.log(mode) - (mode - a) ** 2 / 2, mode, mp.quad(integrand, points)
+    with mp.workdps(30):
+        return k * mp.log(mode) - (mode - a) ** 2 / 2, mode, mp.quad(integrand, points)
 
 
 @functools.cache
 def log_radial_integral(dim: int, a: float) -> mp.mpf:
-    """log int_0^inf r^(d-1) exp(-(r-a)^2/2) dr."""
+    """log int_0^inf r^(d-1) exp(a r - r^2/2) dr - max(a, 0)^2/2."""
     peak, _, mass = _radial_quad(dim, a, 0)
-    return peak + mp.log(mass)
+    return peak + mp.log(mass) + mp.mpf(min(a, 0.0)) ** 2 / 2
 
 
 def radial_derivatives(dim: int, a: float) -> tuple[mp.mpf, mp.mpf]:
-    """First and second derivative of the above: E[r] - a and Var[r] - 1."""
+    """First and second derivative of the above: E[r] - max(a, 0), and Var[r], less one for a >= 0."""
     _, mode, mass = _radial_quad(dim, a, 0)
     first, second = (_radial_quad(dim, a, n)[2] / mass for n in (1, 2))
-    return mode - mp.mpf(a) + first, second - first**2 - 1
+    return mode - mp.mpf(max(a, 0.0)) + first, second - first**2 - (a >= 0)
 
 
 def projected_normal_log_density(loc: list[float], scale: list[float], value: list[float]) -> mp.mpf:
@@ -102,7 +103,7 @@ def projected_normal_log_density(loc: list[float], scale: list[float], value: li
     a = mp.fsum(m * y / s**2 for m, y, s in zip(loc, value, scale, strict=True)) / mp.sqrt(precision)
     total = mp.fsum((m / s) ** 2 for m, s in zip(loc, scale, strict=True))
     log_det = mp.fsum(mp.log(s) for s in scale)
-    gaussian = -mp.mpf(dim) / 2 * mp.log(2 * mp.pi) - log_det - (total - a**2) / 2
+    gaussian = -mp.mpf(dim) / 2 * mp.log(2 * mp.pi) - log_det - (total - max(a, mp.mpf(0)) ** 2) / 2
     return gaussian - mp.mpf(dim) / 2 * mp.log(precision) + log_radial_integral(dim, a)
 
 
@@ -203,7 +204,7 @@ def projected_normal_angle(dim: int, kappa: float):
             with np.errstate(divide="ignore", invalid="ignore"):
                 term = np.exp((dim - 1) * np.log(r) - 0.5 * (r - a) ** 2 - peak)
             total += np.where(r > 0, term, 0.0)
-        return peak + np.log(total * shape_width) - 0.5 * (length * np.sin(angle)) ** 2
+        return peak + np.log(0.05 * total * shape_width) - 0.5 * (length * np.sin(angle)) ** 2
 
     return log_density
 

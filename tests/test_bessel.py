@@ -8,6 +8,8 @@ import mpmath as mp
 import numpy as np
 import pytest
 import torch
+
+from pyro_contrastive import ops
 from tests.references import (
     DIMS,
     KAPPAS,
@@ -18,8 +20,6 @@ from tests.references import (
     log_iv,
     log_partition,
 )
-
-from pyro_contrastive import ops
 
 DTYPES = {torch.float64: 1e-10, torch.float32: 1e-5}  # dtype -> relative error that is promised
 

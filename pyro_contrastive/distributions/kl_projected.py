@@ -25,11 +25,10 @@ def projected_normal_kl_bound(p: ProjectedNormal) -> Tensor:
         Tensor of shape ``batch``, non-negative, zero for the uniform distribution.
     """
     dim = p.event_shape[0]
-    log_scale = p.scale_diag.log()
-    centre = log_scale.mean(-1, keepdim=True)
-    common = centre.exp()
-    second_moment = ((p.loc / common).square() + (p.scale_diag / common).square()).sum(-1)
-    return 0.5 * dim * (second_moment / dim).log()
+    unit = p.scale_diag.detach().amax(-1, keepdim=True)  # the bound does not see a common factor, but the dtype does
+    loc, scale = p.loc / unit, p.scale_diag / unit
+    second_moment = (loc.square() + scale.square()).sum(-1)
+    return 0.5 * dim * (second_moment / dim).log() - scale.log().sum(-1)
 
 
 @register_kl(ProjectedNormal, HypersphericalUniform)

@@ -27,7 +27,7 @@ class ProjectedNormal(TorchDistribution):
     :math:`a = m \cdot \hat y` and :math:`J_d` of :func:`~pyro_contrastive.ops.projected.log_radial_integral`,
 
     .. math:: \log p(y) = -\tfrac d2 \log 2\pi - \sum_i \log \sigma_i - d \log |\tilde y|
-              - \tfrac12 |m - a \hat y|^2 + \log J_d(a).
+              - \tfrac12 |m - \max(a, 0) \hat y|^2 + \log J_d(a).
 
     Unlike :class:`pyro.distributions.ProjectedNormal` (unit covariance, density for ``d`` = 2, 3, 4 only) the density
     exists in every dimension and has a useful gradient at the antipode; the two agree where both exist.
@@ -153,17 +153,20 @@ class ProjectedNormal(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         dim = self.event_shape[0]
-        log_scale = self.scale_diag.log()
-        centre = log_scale.mean(-1, keepdim=True)  # the common factor of loc and scale_diag drops out
-        whitened = value * (centre - log_scale).exp()
+        whitening = self._whitening()
+        whitened = value * whitening
         length = torch.linalg.vector_norm(whitened, dim=-1, keepdim=True)
         direction = whitened / length
         location = self.loc / self.scale_diag
         a = (location * direction).sum(-1, keepdim=True)
         # The vector difference, not |m|^2 - a^2, which cancels: float32 would lose 0.1 nats at |m| = 1000.
-        residual = (location - a * direction).square().sum(-1)
-        constant = -0.5 * dim * math.log(2 * math.pi)
-        return constant - dim * length.squeeze(-1).log() - 0.5 * residual + log_radial_integral(dim, a.squeeze(-1))
+        quadratic = (location - a.clamp_min(0.0) * direction).square().sum(-1)
+        gaussian = whitening.log().sum(-1) - 0.5 * dim * math.log(2 * math.pi) - 0.5 * quadratic
+        return gaussian - dim * length.squeeze(-1).log() + log_radial_integral(dim, a.squeeze(-1))
+
+    def _whitening(self) -> Tensor:
+        """``c / scale_diag`` with a constant ``c``: the law does not see a common factor, but the dtype does."""
+        return self.scale_diag.detach().amax(-1, keepdim=True) / self.scale_diag
 
     def entropy(self) -> Tensor:
         r"""Differential entropy in nats: an unbiased Monte-Carlo estimate, as no closed form exists.
@@ -181,22 +184,21 @@ class ProjectedNormal(TorchDistribution):
             Tensor of shape ``batch`` with the pathwise gradient to both parameters.
         """
         dim = self.event_shape[0]
-        log_scale = self.scale_diag.log()
-        centre = log_scale.mean(-1, keepdim=True)
-        common = centre.exp()  # a common factor of loc and scale_diag changes nothing: take it out before squaring
-        scale, loc = (log_scale - centre).exp(), self.loc / common
-        gaussian = self._rsample_gaussian((ENTROPY_NUM_SAMPLES,)) / common
-        whitened = gaussian / scale
+        whitening = self._whitening()
+        unit = self.scale_diag * whitening  # the constant c: measured in it, no square under- or overflows
+        gaussian = self._rsample_gaussian((ENTROPY_NUM_SAMPLES,)) / unit
+        whitened = gaussian * whitening
 
         squared_radius = gaussian.square().sum(-1)
         length = torch.linalg.vector_norm(whitened, dim=-1)
-        a = (loc / scale * whitened).sum(-1) / length
+        a = (self.loc / self.scale_diag * whitened).sum(-1) / length
         # d log r - log p(log r | u): the law of the log length is that of the log radius, shifted
-        conditional = 0.5 * dim * squared_radius.log() - dim * length.log() + 0.5 * (length - a).square()
-        conditional = conditional + log_radial_integral(dim, a)
-        expected = (loc.square() + scale.square()).sum(-1)
+        log_ratio = 0.5 * squared_radius.log() - length.log()
+        quadratic = 0.5 * (length - a).square() - 0.5 * a.clamp_max(0.0).square()
+        conditional = dim * log_ratio + quadratic + log_radial_integral(dim, a)
+        expected = ((self.loc / unit).square() + whitening.reciprocal().square()).sum(-1)
         control = 0.5 * dim * (squared_radius / expected - 1.0)
-        gaussian_entropy = 0.5 * dim * (1.0 + math.log(2 * math.pi))  # the log scales sum to zero by now
+        gaussian_entropy = 0.5 * dim * (1.0 + math.log(2 * math.pi)) - whitening.log().sum(-1)
         return gaussian_entropy - (conditional - control).mean(0)
 
 

@@ -16,9 +16,12 @@ _ACCURACY = {torch.float64: (38.0, 64), torch.float32: (20.0, 32)}
 
 
 def log_radial_integral(dim: int, a: Tensor) -> Tensor:
-    r"""Logarithm of the radial integral of a projected normal distribution.
+    r"""Logarithm of the radial integral of a projected normal distribution, relative to the peak of the Gaussian.
 
-    .. math:: \log J_d(a) = \log \int_0^\infty r^{d-1} e^{-(r - a)^2 / 2} \, dr
+    .. math:: \log J_d(a) = \log \int_0^\infty r^{d-1} e^{a r - r^2 / 2} \, dr - \tfrac12 \max(a, 0)^2
+
+    Both branches are kept apart because each is free of cancellation on its side only: the Gaussian peaks at ``r = a``
+    for positive ``a`` and has its maximum at ``r = 0`` otherwise. The function and its first derivative are continuous.
 
     Evaluated by Gauss-Legendre quadrature relative to the exactly known mode of the integrand, so that neither large
     dimensions nor far negative ``a`` under- or overflow. Measured against mpmath for ``dim`` 2 to 1024 and ``a`` in
@@ -91,9 +94,10 @@ def _radial_cumulants(dim: int, a: Tensor, order: int) -> tuple[Tensor, Tensor]:
 
     .. math:: \log p(r) - \log p(r_0) = k (\log(1 + x) - x) - r_0^2 x^2 / 2.
 
-    As :math:`E[r] - a = k E[1/r]` (integration by parts) and :math:`dE[g]/da = Cov(g, r)`, the derivative of order
-    :math:`n \ge 1` is :math:`k` times the joint cumulant of one :math:`1/r` and :math:`n - 1` factors :math:`r`. Unlike
-    :math:`E[r] - a` and :math:`Var[r] - 1` this form does not cancel for large ``a``.
+    For :math:`a < 0` the derivative of order :math:`n` is the cumulant of that order of :math:`r`. For
+    :math:`a \ge 0` it is that of :math:`r - a`, less one for :math:`n = 2`. As :math:`E[r] - a = k E[1/r]` (integration
+    by parts) and :math:`dE[g]/da = Cov(g, r)`, this is :math:`k` times the joint cumulant of one :math:`1/r` and
+    :math:`n - 1` factors :math:`r`, which does not cancel for large ``a``.
     """
     log_drop, num_nodes = _ACCURACY[a.dtype]
     k = dim - 1
@@ -113,16 +117,17 @@ def _radial_cumulants(dim: int, a: Tensor, order: int) -> tuple[Tensor, Tensor]:
         high = high - excess / (k * high / (1.0 + high) + square * high)
     half, middle = 0.5 * (high - low), 0.5 * (high + low)
 
+    negative = a < 0
     mass = torch.zeros_like(a)
-    inverse = [torch.zeros_like(a) for _ in range(order + 1)]  # E[(1/(1+x) - 1) x^j]
+    mixed = [torch.zeros_like(a) for _ in range(order + 1)]  # E[y x^j], y = x for a < 0, else 1/(1+x) - 1
     powers = [torch.zeros_like(a) for _ in range(order)]  # E[x^(j+1)]
     for node, weight in _gauss_legendre(num_nodes):
         x = middle + half * node
         density = weight * torch.exp(k * (torch.log1p(x) - x) - 0.5 * square * x * x)
         mass += density
-        term = density * (-x / (1.0 + x))
+        term = density * torch.where(negative, x, -x / (1.0 + x))
         for j in range(order + 1):
-            inverse[j] += term
+            mixed[j] += term
             if j < order:
                 term = term * x
                 density = density * x
@@ -130,14 +135,15 @@ def _radial_cumulants(dim: int, a: Tensor, order: int) -> tuple[Tensor, Tensor]:
 
     moments = [torch.ones_like(a), *(power / mass for power in powers)]
     cumulants: list[Tensor] = []
-    for n in range(order + 1):  # the moment-cumulant recursion, for cumulants with exactly one factor 1/(1+x) - 1
+    for n in range(order + 1):  # the moment-cumulant recursion, for cumulants with exactly one factor y
         lower = (math.comb(n, j) * cumulants[j] * moments[n - j] for j in range(n))
-        cumulants.append(inverse[n] / mass - sum(lower, torch.zeros_like(a)))
+        cumulants.append(mixed[n] / mass - sum(lower, torch.zeros_like(a)))
 
     def derivative(n: int) -> Tensor:
         if n == 0:
-            return k * torch.log(mode) - 0.5 * slope * slope + torch.log(half * mode * mass)
-        result = k * mode ** (n - 2) * cumulants[n - 1]
-        return result + slope if n == 1 else result
+            peak = k * torch.log(mode) + torch.where(negative, mode * (a - 0.5 * mode), -0.5 * slope * slope)
+            return peak + torch.log(half * mode * mass)
+        result = torch.where(negative, square, k) * mode ** (n - 2) * cumulants[n - 1]
+        return result + torch.where(negative, mode, slope) if n == 1 else result
 
     return derivative(order), derivative(order + 1)

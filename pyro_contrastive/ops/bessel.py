@@ -24,6 +24,7 @@ from torch import Tensor
 
 __all__ = [
     "bessel_ratio",
+    "bessel_ratio_complement",
     "bessel_ratios",
     "inverse_bessel_ratio",
     "log_iv",
@@ -393,6 +394,19 @@ def bessel_ratio(dim: int, concentration: Tensor) -> Tensor:
         tensor(0.3130, dtype=torch.float64)
     """
     return _Ratio.apply(_as_float(concentration, "concentration"), _order_of(dim), 0)
+
+
+def bessel_ratio_complement(dim: int, concentration: Tensor) -> Tensor:
+    r"""``1 - bessel_ratio(dim, concentration)`` without cancellation: about (d-1) / (2 kappa) for large kappa.
+
+    Args:
+        dim: d >= 2.
+        concentration: kappa >= 0, any shape, float32 or float64.
+
+    Returns:
+        Shape of ``concentration``, in [0, 1]; 0 at infinity.
+    """
+    return _RatioComplement.apply(_as_float(concentration, "concentration"), _order_of(dim))
 
 
 def bessel_ratios(order: float, x: Tensor, n_max: int) -> Tensor:

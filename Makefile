@@ -15,6 +15,7 @@ ARGS ?= pyro_contrastive tests
 
 VENV := .venv
 VENV1 := .venv-arviz1
+DEV := .[test,lint]
 # One process per core and one torch thread per process: faster than one process with all cores.
 PYTEST := -m pytest --numprocesses 2 --dist worksteal --doctest-modules
 
@@ -75,7 +76,7 @@ $(VENV)/.installed: pyproject.toml
 	$(call install,$(VENV),$(PYTHON),.)
 
 $(VENV)/.installed-dev: pyproject.toml
-	$(call install,$(VENV),$(PYTHON),.[test,lint])
+	$(call install,$(VENV),$(PYTHON),$(DEV))
 	@touch $(VENV)/.installed
 
 $(VENV1)/.installed-dev: pyproject.toml

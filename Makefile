@@ -21,7 +21,7 @@ PYTEST := -m pytest --numprocesses 2 --dist worksteal --doctest-modules
 
 # $(call install,venv,interpreter,requirement): shows the large downloads only, errors in full.
 define install
-@echo "Installing $(3) into $(1) (torch and torchvision are large: about two minutes the first time)"
+@echo "Installing $(3) into $(1) (torch and torchvision are large: two to five minutes the first time)"
 @test -x $(1)/bin/python || $(2) -m venv $(1)
 @$(1)/bin/python -m pip install --disable-pip-version-check --editable '$(3)' | awk \
 	'/Downloading .* [MG]B\)/ { print "  " $$2, $$3, $$4; fflush() } /^Installing collected/ { print "  unpacking"; fflush() }'

@@ -116,3 +116,17 @@ def test_bare_folder_refuses_to_be_imported(name: str):
     )
     assert done.returncode != 0
     assert f"import pyro_contrastive.{name}" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the shim is a shell script")
+def test_find_python_passes_over_a_shim_that_fails(tmp_path: Path):
+    wanted = "{}.{}".format(*sys.version_info)
+    shim = tmp_path / f"python{wanted}"
+    shim.write_text("#!/bin/sh\nexit 127\n")
+    shim.chmod(0o755)
+    command = [sys.executable, ROOT / "tools" / "find_python.py", "9.9", wanted]
+    # Nothing but the shim is on PATH: what is found lies beside the interpreter that runs the search.
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).resolve() == Path(sys.base_prefix, "bin", f"python{wanted}").resolve()
+    nothing = subprocess.run([*command[:2], "9.9"], capture_output=True, text=True, check=True)
+    assert nothing.stdout.strip() == ""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ LAYERS = {
     "models": 6,
     "guides": 6,  # never from models, nor models from guides: a model is handed its recognition module
     "checkpoint": 6,
+    "_fit_state": 6,
     "fit": 7,
     "data": 8,
     "diagnostics": 9,
@@ -33,7 +37,7 @@ LAYERS = {
 }
 METHODS = {"models", "guides"}
 JOINS_METHODS = {"registry", "cli", "__main__"}  # the only parts that know both a method and the core
-LATE = {"torchvision", "sklearn", "matplotlib", "arviz"}  # slow to import: inside functions only
+LATE = {"torchvision", "sklearn", "matplotlib", "arviz", "xarray"}  # slow to import: inside functions only
 MAX_LINES = 420
 
 
@@ -150,6 +154,17 @@ def test_a_kept_rule_is_let_through(module: str, source: str):
 def test_a_file_has_one_purpose(path: Path):
     lines = len(path.read_text().splitlines())
     assert lines <= MAX_LINES, f"{lines} lines, at most {MAX_LINES}: a file over about 400 lines is two files"
+
+
+def test_every_library_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", line).group().lower() for line in project["dependencies"]}
+    distributions = packages_distributions()
+    for path in files():
+        for name, _ in imports(path.read_text(), ".".join(path.relative_to(ROOT).parts[:-1])):
+            top = name.split(".")[0]
+            if top != PACKAGE and top not in sys.stdlib_module_names:
+                assert declared & {owner.lower() for owner in distributions[top]}, f"{path} imports {top}: declare it"
 
 
 def test_importing_everything_loads_no_slow_library(record_property):

@@ -41,7 +41,8 @@ def anchors(page: Path) -> set[str]:
 def test_first_block_of_the_readme_is_the_quickstart():
     source = (ROOT / "examples" / "quickstart.py").read_text()
     (region,) = re.findall(r"^# \[quickstart\]\n(.*?)^# \[/quickstart\]", source, re.MULTILINE | re.DOTALL)
-    assert blocks(ROOT / "README.md", "python")[0].strip() == region.strip()
+    shown = blocks(ROOT / "README.md", "python")[0]
+    assert shown.strip() == region.strip(), "copy the marked region of the example into the README"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

@@ -1,0 +1,153 @@
+"""What all laws that are symmetric about a mean direction share: arguments, shapes, draws, log density by the angle."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from torch import Tensor
+
+from ..ops.radial import RadialFamily, stretch
+from ._checks import check_concentration, check_float, check_on_sphere, check_same, check_unit, check_vectors
+
+__all__ = ["RotationallySymmetric"]
+
+
+class RotationallySymmetric(TorchDistribution):
+    r"""A law on :math:`S^{d-1}` whose density depends on :math:`\mu \cdot z` only, with one concentration.
+
+    Subclasses give ``family`` (for the draws), ``_log_normalizer`` and ``_log_kernel`` (for the density) and
+    ``mean_resultant_length``.
+
+    Args:
+        mean_direction: unit vectors mu, ``(*batch, d)``, d >= 2.
+        concentration: kappa >= 0, finite, ``(*batch,)`` or broadcastable to it; 0 is the uniform law.
+
+    Raises:
+        TypeError: for dtypes other than float32/float64, or two different ones.
+        ValueError: for NaN, a negative concentration, a direction that is not of unit length (while argument
+            validation is on, torch's default), or shapes that do not broadcast.
+
+    Shape:
+        batch ``broadcast(mean_direction.shape[:-1], concentration.shape)``, event ``(d,)``.
+    """
+
+    arg_constraints: ClassVar[dict] = {
+        "mean_direction": constraints.sphere,
+        "concentration": constraints.nonnegative,
+    }
+    support = constraints.sphere
+    has_rsample = True
+    family: ClassVar[RadialFamily]
+
+    mean_direction: Tensor
+    concentration: Tensor
+
+    def __init__(self, mean_direction: Tensor, concentration: Tensor, *, validate_args: bool | None = None) -> None:
+        check_float("mean_direction", mean_direction)
+        dim = check_vectors("mean_direction", mean_direction)
+        if not isinstance(concentration, Tensor):
+            concentration = mean_direction.new_tensor(concentration)
+        check_float("concentration", concentration)
+        check_same("mean_direction", mean_direction, "concentration", concentration)
+        try:
+            batch_shape = torch.broadcast_shapes(mean_direction.shape[:-1], concentration.shape)
+        except RuntimeError:
+            raise ValueError(
+                "`concentration` must have the shape of `mean_direction` without its last axis, got "
+                f"{tuple(concentration.shape)} for directions of shape {tuple(mean_direction.shape)}; "
+                "for one concentration per row pass shape (N,), not (N, 1)"
+            ) from None
+        self.mean_direction = mean_direction.expand(batch_shape + (dim,))
+        self.concentration = concentration.expand(batch_shape)
+        super().__init__(batch_shape, torch.Size((dim,)), validate_args=False)
+        if validate_args is not None:
+            self._validate_args = validate_args
+        else:
+            del self._validate_args  # back to the class attribute: the process-wide default
+        if self._validate_args:
+            check_unit("mean_direction", mean_direction)
+            check_concentration(concentration)
+
+    @staticmethod
+    def infer_shapes(mean_direction: tuple[int, ...], concentration: tuple[int, ...] = ()) -> tuple:
+        """Batch and event shape from the shapes of the arguments (Pyro's shape inference)."""
+        return torch.broadcast_shapes(tuple(mean_direction[:-1]), tuple(concentration)), tuple(mean_direction[-1:])
+
+    def expand(self, batch_shape: torch.Size, _instance: TorchDistribution | None = None) -> RotationallySymmetric:
+        """See :meth:`torch.distributions.Distribution.expand`."""
+        new = self._get_checked_instance(type(self), _instance)
+        batch_shape = torch.Size(batch_shape)
+        new.mean_direction = self.mean_direction.expand(batch_shape + self.event_shape)
+        new.concentration = self.concentration.expand(batch_shape)
+        super(RotationallySymmetric, new).__init__(batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def dim(self) -> int:
+        """Dimension d of the embedding space."""
+        return self.event_shape[0]
+
+    @property
+    def mean_resultant_length(self) -> Tensor:
+        """E[mu . z], in [0, 1], shape ``batch_shape``: the width of the law in a unit that all families share."""
+        raise NotImplementedError
+
+    @property
+    def mean(self) -> Tensor:
+        """Expectation in R^d, ``(*batch, d)``: the mean direction times the mean resultant length (inside the ball)."""
+        return self.mean_resultant_length.unsqueeze(-1) * self.mean_direction
+
+    @property
+    def mode(self) -> Tensor:
+        """The mean direction (any point at concentration 0)."""
+        return self.mean_direction
+
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Draws of shape ``(*sample_shape, *batch, d)`` with pathwise gradients to both arguments.
+
+        A Gaussian vector is projected on the tangent space at the mean direction and carried to the sphere by
+        the radial quantile map of :mod:`pyro_contrastive.ops.radial`: no rejection, so no hidden bias in the gradient.
+        """
+        shape = self._extended_shape(torch.Size(sample_shape))
+        mu, kappa = self.mean_direction, self.concentration
+        noise = torch.randn(shape, dtype=mu.dtype, device=mu.device)
+        tangent = noise - (noise * mu).sum(-1, keepdim=True) * mu
+        s = (tangent * tangent).sum(-1)
+        c = stretch(self.dim, self.family, s, kappa)
+        tau = c * c * s
+        x = ((1 - tau) / (1 + tau)).unsqueeze(-1) * mu + (2 * c / (1 + tau)).unsqueeze(-1) * tangent
+        # |x| = 1 up to rounding; the correction is a constant as far as gradients go
+        return x * torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True).reciprocal()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density with respect to surface area, in nats; shape ``broadcast(value.shape[:-1], batch)``."""
+        check_on_sphere("value", value, self.dim)
+        if self._validate_args:
+            check_unit("value", value)
+        versine = 0.5 * (value - self.mean_direction).square().sum(-1)  # 1 - cos, accurate at small angles
+        return self._log_kernel(versine) - self._log_normalizer()
+
+    def cross_log_prob(self, value: Tensor) -> Tensor:
+        """Log density of every value under every member of the batch, by one matrix product.
+
+        Args:
+            value: ``(..., N, d)`` points of the sphere.
+
+        Returns:
+            ``(..., N, M)`` for a batch of shape ``(..., M)``: entry (i, j) scores value i under member j.
+        """
+        check_on_sphere("value", value, self.dim)
+        versine = 1 - value @ self.mean_direction.mT
+        kappa = self.concentration.unsqueeze(-2)
+        return self._log_kernel(versine, kappa) - self._log_normalizer().unsqueeze(-2)
+
+    def _log_kernel(self, versine: Tensor, concentration: Tensor | None = None) -> Tensor:
+        """log f relative to its value at the mode, from 1 - cos."""
+        raise NotImplementedError
+
+    def _log_normalizer(self) -> Tensor:
+        """log of the integral of exp(_log_kernel) over the sphere."""
+        raise NotImplementedError

@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from ..ops.radial import RadialFamily, stretch
+from ..ops.radial import RadialFamily, draw
 from ._checks import check_concentration, check_float, check_on_sphere, check_same, check_unit, check_vectors
 
 __all__ = ["RotationallySymmetric"]
@@ -111,16 +111,9 @@ class RotationallySymmetric(TorchDistribution):
         A Gaussian vector is projected on the tangent space at the mean direction and carried to the sphere by
         the radial quantile map of :mod:`pyro_contrastive.ops.radial`: no rejection, so no hidden bias in the gradient.
         """
-        shape = self._extended_shape(torch.Size(sample_shape))
-        mu, kappa = self.mean_direction, self.concentration
-        noise = torch.randn(shape, dtype=mu.dtype, device=mu.device)
-        tangent = noise - (noise * mu).sum(-1, keepdim=True) * mu
-        s = (tangent * tangent).sum(-1)
-        c = stretch(self.dim, self.family, s, kappa)
-        tau = c * c * s
-        x = ((1 - tau) / (1 + tau)).unsqueeze(-1) * mu + (2 * c / (1 + tau)).unsqueeze(-1) * tangent
-        # |x| = 1 up to rounding; the correction is a constant as far as gradients go
-        return x * torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True).reciprocal()
+        mu = self.mean_direction
+        noise = torch.randn(self._extended_shape(torch.Size(sample_shape)), dtype=mu.dtype, device=mu.device)
+        return draw(self.family, mu, self.concentration, noise)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density with respect to surface area, in nats; shape ``broadcast(value.shape[:-1], batch)``."""

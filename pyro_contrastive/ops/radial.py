@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["POWER_SPHERICAL", "VON_MISES_FISHER", "RadialFamily", "stretch"]
+__all__ = ["POWER_SPHERICAL", "VON_MISES_FISHER", "RadialFamily", "draw"]
 
 _RADIUS_CELLS, _KAPPA_CELLS = 192, 96
 _TAIL = 1e-17  # probability outside the tabulated radii: below what a float64 normal generator can reach
@@ -139,14 +139,14 @@ def _solve(family: RadialFamily, n: int, radius: np.ndarray, kappa: np.ndarray) 
         law.log_tail(kappa, middle, np.full_like(kappa, -1.0)), law.log_tail(kappa, middle, np.full_like(kappa, 1.0))
     )
     x = base.copy()
-    for _ in range(100):
+    for _ in range(40):
         log_density = law.increment(k, middle + 0 * k, x - middle) - log_total
         tail = law.log_tail(k, x, outwards)
         step = np.clip((log_density + tail - log_probability) * np.exp(tail) * outwards, -40.0, 40.0)
         x = x + step
-        if np.abs(step).max() < 1e-11:
+        if np.abs(step).max() < 1e-10:
             break
-    else:
+    if not np.abs(step).max() < 1e-7:
         raise RuntimeError(f"the quantile map of {family.name} in dimension {n + 1} did not converge; please report it")
     log_density = law.increment(k, middle + 0 * k, x - middle) - log_total
     log_chi = (n - 1) * np.log(s) / 2 - s / 2 - (n / 2 - 1) * np.log(2.0) - special.gammaln(n / 2)
@@ -256,37 +256,75 @@ def _evaluate(s: Tensor, kappa: Tensor, dim: int, family: RadialFamily, gradient
     return value, d_s, d_kappa
 
 
-class _Stretch(torch.autograd.Function):
+def _place(t: Tensor, mu: Tensor, kappa: Tensor, family: RadialFamily, gradients: bool) -> tuple[Tensor, ...]:
+    """Coefficients of x = along * mu + across * t for a tangent vector t, and their slopes in s = |t|^2 and kappa."""
+    s = torch.linalg.vector_norm(t, dim=-1).square()
+    c, *slopes = _evaluate(s, kappa, mu.shape[-1], family, gradients)
+    tau = c * c * s
+    scale = (1 + tau).reciprocal()
+    along, across = (1 - tau) * scale, 2 * c * scale
+    if not gradients:
+        return along, across
+    c_s, c_kappa = slopes
+    tau_s, tau_kappa = c * c + 2 * c * s * c_s, 2 * c * s * c_kappa
+    along_s, along_kappa = -2 * scale * scale * tau_s, -2 * scale * scale * tau_kappa
+    across_s = 2 * scale * (c_s - c * scale * tau_s)
+    across_kappa = 2 * scale * (c_kappa - c * scale * tau_kappa)
+    return along, across, along_s, across_s, along_kappa, across_kappa
+
+
+def _project(noise: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+    """Component of the noise along mu, and the tangent part (in place of the noise)."""
+    length = torch.linalg.vecdot(noise, mu)
+    return length, noise.addcmul_(length.unsqueeze(-1), mu, value=-1.0)
+
+
+def _renormalise(x: Tensor) -> Tensor:
+    return x.mul_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).reciprocal_())  # |x| = 1 up to rounding
+
+
+class _Draw(torch.autograd.Function):
+    """x(mu, kappa; noise). The noise is a fresh buffer that is overwritten; the gradient to mu is the tangential one."""
+
     @staticmethod
-    def forward(ctx: Any, s: Tensor, kappa: Tensor, dim: int, family: RadialFamily) -> Tensor:
-        value, d_s, d_kappa = _evaluate(s, kappa, dim, family, gradients=True)
-        ctx.save_for_backward(d_s, d_kappa)
-        ctx.shapes = s.shape, kappa.shape
-        return value
+    def forward(ctx: Any, mu: Tensor, kappa: Tensor, noise: Tensor, family: RadialFamily) -> Tensor:
+        length, t = _project(noise, mu)
+        along, across, *slopes = _place(t, mu, kappa, family, gradients=True)
+        ctx.save_for_backward(mu, t, length, along, across, *slopes)
+        x = (t * across.unsqueeze(-1)).addcmul_(along.unsqueeze(-1), mu)
+        return _renormalise(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        d_s, d_kappa = ctx.saved_tensors
-        shape_s, shape_kappa = ctx.shapes
-        grad_s = (grad * d_s).sum_to_size(shape_s) if ctx.needs_input_grad[0] else None
-        grad_kappa = (grad * d_kappa).sum_to_size(shape_kappa) if ctx.needs_input_grad[1] else None
-        return grad_s, grad_kappa, None, None
+        mu, t, length, along, across, along_s, across_s, along_kappa, across_kappa = ctx.saved_tensors
+        grad_mu = grad_kappa = None
+        on_mu, on_t = torch.linalg.vecdot(grad, mu), torch.linalg.vecdot(grad, t)
+        if ctx.needs_input_grad[1]:
+            grad_kappa = (on_mu * along_kappa + on_t * across_kappa).sum_to_size(mu.shape[:-1])
+        if ctx.needs_input_grad[0]:
+            # dx = along dmu + across dt + (along_s mu + across_s t) ds with, for dmu tangent to the sphere at mu,
+            # dt = -(t.dmu) mu - length dmu and ds = -2 length (t.dmu)
+            weight_grad = along - length * across
+            weight_t = -across * on_mu - 2 * length * (on_mu * along_s + on_t * across_s)
+            grad_mu = (grad * weight_grad.unsqueeze(-1)).addcmul_(weight_t.unsqueeze(-1), t).sum_to_size(mu.shape)
+        return grad_mu, grad_kappa, None, None
 
 
-def stretch(dim: int, family: RadialFamily, s: Tensor, concentration: Tensor) -> Tensor:
-    r"""Factor c by which a Gaussian tangent vector of squared length ``s`` is stretched in stereographic coordinates.
+def draw(family: RadialFamily, mean_direction: Tensor, concentration: Tensor, noise: Tensor) -> Tensor:
+    r"""Points of the sphere with the law of the family, from standard Gaussian noise.
 
     Args:
-        dim: d >= 2, dimension of the embedding space.
         family: which law of the angle.
-        s: chi-square variable(s) with d - 1 degrees of freedom, >= 0.
-        concentration: kappa >= 0, broadcastable with ``s``; infinity gives c = 0 (every draw is the mean direction).
+        mean_direction: unit vectors mu, ``(*batch, d)``, d >= 2.
+        concentration: kappa >= 0, ``(*batch,)``; infinity gives the mean direction itself.
+        noise: standard normal, ``(*sample, *batch, d)``. It is overwritten.
 
     Returns:
-        c > 0 with the broadcast shape, such that :math:`\tan^2(\theta/2) = c^2 s` has the law of the family.
-        Differentiable once in ``s`` and in ``concentration``.
+        ``(*sample, *batch, d)``, differentiable once in the mean direction (tangentially) and the concentration.
     """
-    if torch.is_grad_enabled() and (s.requires_grad or concentration.requires_grad):
-        return _Stretch.apply(s, concentration, dim, family)
-    return _evaluate(s, concentration, dim, family, gradients=False)[0]
+    if torch.is_grad_enabled() and (mean_direction.requires_grad or concentration.requires_grad):
+        return _Draw.apply(mean_direction, concentration, noise, family)
+    _, t = _project(noise, mean_direction)
+    along, across = _place(t, mean_direction, concentration, family, gradients=False)
+    return _renormalise(t.mul_(across.unsqueeze(-1)).addcmul_(along.unsqueeze(-1), mean_direction))

@@ -20,8 +20,9 @@ settings.load_profile("repository")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One torch thread per process, so that parallel workers do not compete."""
+    """One torch thread per process, so that parallel workers do not compete; a backend that nothing here asks for."""
     torch.set_num_threads(1)
+    matplotlib.use("svg")  # set, since reading an unset one chooses it; not Agg, so that a change to Agg is seen
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -49,8 +50,7 @@ def global_state() -> dict[str, Any]:
     # The argument checks of a class hold for all users of it, and one assignment (not a setting) turns them off.
     state["torch validates"] = torch.distributions.Distribution._validate_args
     state["numpy error mode"] = np.geterr()
-    # Read past the class: asking for the backend in the ordinary way chooses one.
-    state |= {f"matplotlib {name}": dict.get(matplotlib.rcParams, name) for name in matplotlib.rcParams}
+    state |= {f"matplotlib {name}": value for name, value in matplotlib.rcParams.items()}
     return state
 
 

@@ -1,4 +1,11 @@
-"""The recognition families, one file per family."""
+"""The recognition families, one file per family: an encoder, its heads, and the Pyro guide."""
 
 if __name__ == "guides":
     raise ImportError("import pyro_contrastive.guides, not the bare folder guides")
+
+from .base import RecognitionGuide
+from .delta import Delta
+from .power_spherical import PowerSpherical
+from .von_mises_fisher import VonMisesFisher
+
+__all__ = ["Delta", "PowerSpherical", "RecognitionGuide", "VonMisesFisher"]

@@ -2,3 +2,8 @@
 
 if __name__ == "models":
     raise ImportError("import pyro_contrastive.models, not the bare folder models")
+
+from .mcinfonce import MCInfoNCE
+from .rpm import RPM
+
+__all__ = ["MCInfoNCE", "RPM"]

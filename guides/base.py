@@ -1,0 +1,159 @@
+"""What every recognition family shares: the encoder, one pass per view and step, and the Pyro guide."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.nn import PyroModule
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor, nn
+
+from ..nets import feature_size
+
+__all__ = ["RecognitionGuide"]
+
+
+class _Pass:
+    """Posteriors of the guide's current pass, so that the model does not encode the same views a second time.
+
+    Encoding twice would update batch-norm statistics twice and give model and guide different dropout masks. An entry
+    is valid for the very tensor that was encoded, unmodified, with the same parameters, modes and autograd state, and
+    until a gradient has flowed back through it.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[weakref.ref[Tensor], int, TorchDistribution]] = []
+        self.stamp: Any = None
+
+    def __deepcopy__(self, memo: dict) -> _Pass:
+        return _Pass()
+
+    def __reduce__(self) -> tuple:
+        return (_Pass, ())
+
+    def clear(self) -> None:
+        self.entries = []
+
+    @staticmethod
+    def _version(tensor: Tensor) -> int:
+        return 0 if tensor.is_inference() else tensor._version
+
+    def _stamp(self, module: nn.Module) -> Any:
+        return (
+            tuple((id(p), p.data_ptr(), self._version(p)) for p in module.parameters()),
+            tuple(m.training for m in module.modules()),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled(),
+        )
+
+    def begin(self, module: nn.Module) -> None:
+        self.entries, self.stamp = [], self._stamp(module)
+
+    def store(self, x: Tensor, posterior: TorchDistribution, features: Tensor) -> None:
+        self.entries.append((weakref.ref(x), self._version(x), posterior))
+        if features.requires_grad:
+            here = weakref.ref(self)
+
+            def used(_: Tensor) -> None:  # the graph behind the entry is spent
+                cache = here()
+                if cache is not None:
+                    cache.clear()
+
+            features.register_hook(used)
+
+    def find(self, x: Tensor, module: nn.Module) -> TorchDistribution | None:
+        if not self.entries:
+            return None
+        if self.stamp != self._stamp(module):
+            self.clear()
+            return None
+        for reference, version, posterior in self.entries:
+            if reference() is x and version == self._version(x):
+                return posterior
+        return None
+
+
+class RecognitionGuide(PyroModule):
+    """Amortised recognition law R(z | x): an encoder, heads, and the Pyro guide that samples one latent per view.
+
+    Subclasses build their heads in ``__init__`` and implement :meth:`_posterior`.
+
+    Args:
+        encoder: any module ``x -> (N, features)``.
+        dim: d >= 2; latents live on the sphere of R^d.
+        features: width of the encoder's output; read off its last layer when omitted.
+
+    Raises:
+        ValueError: for ``dim`` < 2, or a width that cannot be read off.
+    """
+
+    def __init__(self, encoder: nn.Module, dim: int, *, features: int | None = None) -> None:
+        super().__init__()
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(f"`encoder` must be a torch.nn.Module, got {type(encoder).__name__}")
+        if not isinstance(dim, int) or dim < 2:
+            raise ValueError(f"`dim` must be an integer >= 2 (the sphere S^(dim-1) of R^dim), got {dim!r}")
+        self.encoder = encoder
+        self.dim = dim
+        self.features = feature_size(encoder) if features is None else int(features)
+        self._pass = _Pass()
+
+    def _posterior(self, features: Tensor) -> TorchDistribution:
+        """The recognition law for encoder features ``(N, features)``."""
+        raise NotImplementedError
+
+    def _encode(self, x: Tensor) -> Tensor:
+        features = self.encoder(x)
+        if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[-1] != self.features:
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(
+                f"the encoder must return a tensor of shape (N, {self.features}), got {got}; "
+                "end it with nn.Flatten(), or pass its width to the guide as features=..."
+            )
+        return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+
+    def posterior(self, x: Tensor) -> TorchDistribution:
+        """Posterior over the latent of every input.
+
+        Args:
+            x: ``(N, ...)``, whatever the encoder takes.
+
+        Returns:
+            A distribution with batch shape ``(N,)`` and event shape ``(dim,)``. When a model calls this during the
+            same inference step as the guide, it gets the guide's own posterior and the encoder is not run again.
+
+        Raises:
+            ValueError: if the encoder returns another shape than ``(N, features)``, or NaN.
+        """
+        if am_i_wrapped():  # inside a Pyro handler: maybe the guide has just encoded this very tensor
+            found = self._pass.find(x, self)
+            if found is not None:
+                return found
+        return self._posterior(self._encode(x))
+
+    def forward(self, *views: Tensor) -> None:
+        """The Pyro guide: sites "z1", "z2", ... , one per view, in the plate "pairs".
+
+        Args:
+            views: tensors with one leading dimension N, paired by rows.
+
+        Raises:
+            ValueError: without views, or for views of different lengths.
+        """
+        sizes = {len(x) for x in views}
+        if len(sizes) != 1:
+            raise ValueError(f"views must share one leading dimension N, got {[tuple(x.shape) for x in views]}")
+        self._pass.begin(self)
+        posteriors = []
+        for x in views:
+            features = self._encode(x)
+            posteriors.append(self._posterior(features))
+            self._pass.store(x, posteriors[-1], features)
+        with pyro.plate("pairs", sizes.pop(), dim=-1):
+            for j, posterior in enumerate(posteriors, start=1):
+                pyro.sample(f"z{j}", posterior)

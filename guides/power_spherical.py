@@ -1,0 +1,45 @@
+"""Recognition with power spherical posteriors."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import distributions as dist
+from ..nets import ConcentrationHead, DirectionHead
+from .base import RecognitionGuide
+
+__all__ = ["PowerSpherical"]
+
+INITIAL_RESULTANT_LENGTH = 0.6
+
+
+class PowerSpherical(RecognitionGuide):
+    r"""Amortised power spherical posteriors, :math:`R(z|x) = PS(\mu(x), \kappa(x))`.
+
+    Args:
+        encoder: any module ``x -> (N, features)``.
+        dim: d >= 2.
+        features: width of the encoder's output; read off its last layer when omitted.
+        initial_concentration: kappa at the start of training, by default 1.5 (d - 1), where the mean resultant length
+            kappa / (kappa + d - 1) is 0.6.
+
+    Raises:
+        ValueError: see :class:`~pyro_contrastive.guides.base.RecognitionGuide`.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        dim: int,
+        *,
+        features: int | None = None,
+        initial_concentration: float | None = None,
+    ) -> None:
+        super().__init__(encoder, dim, features=features)
+        if initial_concentration is None:
+            initial_concentration = INITIAL_RESULTANT_LENGTH / (1 - INITIAL_RESULTANT_LENGTH) * (dim - 1)
+        self.direction = DirectionHead(self.features, dim)
+        self.concentration = ConcentrationHead(self.features, initial_concentration)
+
+    def _posterior(self, features: Tensor) -> dist.PowerSpherical:
+        return dist.PowerSpherical(self.direction(features), self.concentration(features).squeeze(-1))

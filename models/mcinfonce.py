@@ -1,0 +1,161 @@
+"""MCInfoNCE (Kirchhof, Kasneci and Oh 2023): contrastive learning that recovers each input's aleatoric uncertainty."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from ..factors import infonce_factor, infonce_log_ratio, log_ratio_factor
+from ..kernels import VonMisesFisherKernel, moment_matched_log_ratio, shared_latent_log_ratio
+
+__all__ = ["MCInfoNCE"]
+
+Evidence = Literal["exact", "moment_matched", "k_sample", "elbo"]
+
+
+class MCInfoNCE(PyroModule):
+    r"""InfoNCE whose latents are integrated over the posteriors of both views.
+
+    Generative story: latents of a positive pair are :math:`z' \sim vMF(z, \kappa_{pos})` on the sphere, z uniform, and
+    each view says R(z|x) about its latent. The likelihood of a pair against the batch is
+
+    .. math::  \log \frac{E[f(z_i, z'_i)]}{\frac1N \sum_j E[f(z_i, z'_j)]} \quad\text{or}\quad
+               \log E\Big[\frac{f(z_i, z'_i)}{\frac1N \sum_j f(z_i, z'_j)}\Big],
+               \qquad f(z, z') = e^{\kappa_{pos} z \cdot z'},
+
+    with expectations over :math:`z_i \sim R(\cdot|x_i), z'_j \sim R(\cdot|x'_j)`: the first form for the closed-form
+    evidences (a softmax over exact log evidences of pairs), the second, the paper's, for samples.
+
+    ``evidence`` says how the latents are integrated:
+
+    ==================  ==========================================================================================
+    ``exact``           no samples, no approximation. Here for ``concentration=inf``: both views show one latent.
+    ``moment_matched``  no samples; a finite pair concentration by matching one moment.
+    ``k_sample``        the paper's log-mean-exp over ``num_samples`` draws of every latent. Biased towards
+                        concentrated posteriors when there are few.
+    ``elbo``            mean of the log at the sampled latents (one draw per particle of the ELBO); for point
+                        embeddings it is the evidence. With ``KSampleELBO(K)`` it becomes ``k_sample``.
+    ==================  ==========================================================================================
+
+    The level of the learned kappa(x) is identified only relative to the pair concentration: state it (as in the
+    paper), or use the shared latent. A finite value that is too small for the data drives kappa(x) up without bound.
+
+    The latents z1, z2 are ordinary sample sites with law R(z|x), so ``Predictive`` and ArviZ see posterior draws
+    whatever the evidence.
+
+    Args:
+        guide: recognition module with ``posterior(x)``, used as the Pyro guide too. Closed forms need
+            ``guides.VonMisesFisher``; the others take any family.
+        concentration: kappa_pos of the pair, > 0; ``math.inf`` means that the views share one latent.
+        evidence: see above; default ``exact`` for infinite and ``moment_matched`` for finite concentrations.
+        learn_concentration: learn kappa_pos (only sensible with point embeddings; see the note on identification).
+        num_samples: K of ``k_sample``.
+        symmetric: average the likelihoods of view 2 given view 1 and of view 1 given view 2.
+
+    Raises:
+        ValueError: for an unknown evidence or one that does not go with the concentration.
+
+    References:
+        Kirchhof, Kasneci and Oh, ICML 2023, arXiv 2302.02865.
+
+    Example:
+        >>> from torch import nn
+        >>> from pyro_contrastive import guides
+        >>> from pyro.infer import Trace_ELBO
+        >>> guide = guides.VonMisesFisher(nn.Linear(8, 32), dim=5)
+        >>> elbo = Trace_ELBO()(MCInfoNCE(guide), guide)
+        >>> elbo(torch.randn(16, 8), torch.randn(16, 8)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        guide: Any,
+        *,
+        concentration: float = math.inf,
+        evidence: Evidence | None = None,
+        learn_concentration: bool = False,
+        num_samples: int = 16,
+        symmetric: bool = True,
+    ) -> None:
+        super().__init__()
+        shared = math.isinf(concentration) and concentration > 0
+        if evidence is None:
+            evidence = "exact" if shared else "moment_matched"
+        if evidence not in get_args(Evidence):
+            raise ValueError(f"`evidence` must be one of {', '.join(get_args(Evidence))}, got {evidence!r}")
+        if shared and (evidence != "exact" or learn_concentration):
+            raise ValueError(
+                "an infinite pair concentration (views that share one latent) has the closed-form evidence 'exact' "
+                f"and nothing to learn, got evidence={evidence!r}, learn_concentration={learn_concentration}; "
+                "pass a finite `concentration` for the others"
+            )
+        if not shared and evidence == "exact":
+            raise ValueError(
+                "evidence 'exact' is closed for concentration=math.inf (views that share one latent), got "
+                f"{concentration!r}; use evidence='moment_matched' or 'k_sample' for a finite pair concentration"
+            )
+        if num_samples < 1:
+            raise ValueError(f"`num_samples` must be >= 1, got {num_samples!r}")
+        self.guide = guide
+        self.kernel = None if shared else VonMisesFisherKernel(concentration, learn=learn_concentration)
+        self.evidence = evidence
+        self.num_samples = num_samples
+        self.symmetric = symmetric
+
+    @property
+    def concentration(self) -> Tensor:
+        """kappa_pos of the pair, a scalar tensor; infinity when the views share one latent."""
+        return torch.tensor(math.inf) if self.kernel is None else self.kernel.concentration
+
+    def forward(self, x1: Tensor, x2: Tensor) -> None:
+        """The Pyro model: sites "z1", "z2" and the factor "positive" in the plate "pairs".
+
+        Args:
+            x1: ``(N, ...)`` first views.
+            x2: ``(N, ...)`` second views, row i of the same thing as row i of ``x1``.
+        """
+        posterior1, posterior2 = self.guide.posterior(x1), self.guide.posterior(x2)
+        with pyro.plate("pairs", len(x1), dim=-1):
+            # P(z) = R(z), P(z'|z) ~ R(z') f: the recognition laws cancel and the factor is what is left
+            z1 = pyro.sample("z1", posterior1)
+            z2 = pyro.sample("z2", posterior2)
+            if self.evidence == "elbo":
+                infonce_factor("positive", z1, z2, self.kernel, symmetric=self.symmetric)
+            elif self.evidence == "k_sample":
+                self._k_sample_factor(posterior1, posterior2)
+            else:
+                log_ratios = self.partner_logits(x1, x2, posteriors=(posterior1, posterior2))
+                log_ratio_factor("positive", log_ratios, symmetric=self.symmetric)
+
+    def _k_sample_factor(self, posterior1: Any, posterior2: Any) -> None:
+        size = torch.Size((self.num_samples,))
+        log_q = infonce_log_ratio(
+            self.kernel(posterior1.rsample(size), posterior2.rsample(size)), symmetric=self.symmetric
+        )
+        pyro.factor("positive", log_q.logsumexp(0) - math.log(self.num_samples))
+
+    def partner_logits(self, x1: Tensor, x2: Tensor, *, posteriors: tuple[Any, Any] | None = None) -> Tensor:
+        """Log evidence that x1[i] and x2[j] show the same thing, for all pairs: the logits of the partner's index.
+
+        Args:
+            x1: ``(N, ...)`` views.
+            x2: ``(M, ...)`` views.
+            posteriors: of both, when they are already known.
+
+        Returns:
+            ``(N, M)`` log density ratios in nats. Sampled evidences average the kernel over ``num_samples`` draws.
+        """
+        posterior1, posterior2 = posteriors or (self.guide.posterior(x1), self.guide.posterior(x2))
+        if self.evidence == "exact":
+            return shared_latent_log_ratio(posterior1, posterior2)
+        if self.evidence == "moment_matched":
+            return moment_matched_log_ratio(posterior1, posterior2, self.kernel.concentration)
+        size = torch.Size((self.num_samples,))
+        log_f = self.kernel(posterior1.rsample(size), posterior2.rsample(size))
+        return log_f.logsumexp(0) - math.log(self.num_samples)

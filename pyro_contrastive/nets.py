@@ -1,0 +1,104 @@
+"""Heads of the recognition networks and a small encoder. Larger backbones come from torchvision as they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ConcentrationHead", "DirectionHead", "feature_size", "mlp"]
+
+_LOG_RANGE = 12.0  # concentrations stay within exp(+-12) of their initial value
+
+
+def mlp(sizes: Sequence[int], *, batch_norm: bool = False, flatten: bool = True) -> nn.Sequential:
+    """Multilayer perceptron with LeakyReLU after every layer, the last one included: an encoder of features.
+
+    Args:
+        sizes: widths, from input to features, at least two.
+        batch_norm: normalise before each nonlinearity.
+        flatten: accept ``(N, ...)`` inputs (images).
+
+    Returns:
+        A module ``(N, sizes[0]) -> (N, sizes[-1])``.
+
+    Raises:
+        ValueError: for fewer than two sizes.
+
+    Example:
+        >>> mlp([64, 128, 32])(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 32])
+    """
+    if len(sizes) < 2:
+        raise ValueError(f"`sizes` must hold at least the input and the output width, got {list(sizes)!r}")
+    layers: list[nn.Module] = [nn.Flatten()] if flatten else []
+    for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        layers.append(nn.Linear(fan_in, fan_out))
+        if batch_norm:
+            layers.append(nn.BatchNorm1d(fan_out))
+        layers.append(nn.LeakyReLU())
+    return nn.Sequential(*layers)
+
+
+def feature_size(encoder: nn.Module) -> int:
+    """Width of the features that an encoder returns, read off its last layer with parameters.
+
+    Args:
+        encoder: a module ``x -> (N, features)``.
+
+    Returns:
+        ``out_features``, ``num_features`` or ``out_channels`` of the last linear, normalisation or convolution layer.
+
+    Raises:
+        ValueError: if there is no such layer; pass ``features=`` to the guide then.
+    """
+    for module in reversed(list(encoder.modules())):
+        for name in ("out_features", "num_features", "out_channels"):
+            size = getattr(module, name, None)
+            if isinstance(size, int) and size > 0:
+                return size
+    raise ValueError(
+        f"the width of the features of {type(encoder).__name__} cannot be read off its layers; "
+        "pass it to the guide as features=..."
+    )
+
+
+class DirectionHead(nn.Linear):
+    """Linear map to R^d followed by normalisation: ``(N, features) -> (N, d)`` unit vectors."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return unit vectors; a zero vector (dead features) gives an arbitrary finite one, not NaN."""
+        return nn.functional.normalize(super().forward(features), dim=-1)
+
+
+class ConcentrationHead(nn.Module):
+    r"""Positive width parameters: ``(N, features) -> (N, outputs)``, starting near ``initial`` for every input.
+
+    The log of the output is ``log(initial) + 12 tanh(h / 12)`` with h a two-layer network, so values span
+    initial * exp(+-12) (a factor of 160,000 either way) with a gradient that never vanishes abruptly: a model that
+    wants an infinite concentration gets a very large finite one.
+
+    Args:
+        features: width of the input.
+        initial: value at the start, > 0; the spread over inputs is about 10 % at initialisation.
+        outputs: number of values per input.
+        hidden: width of the hidden layer.
+    """
+
+    def __init__(self, features: int, initial: float, *, outputs: int = 1, hidden: int = 64) -> None:
+        super().__init__()
+        if not (initial > 0 and math.isfinite(initial)):
+            raise ValueError(f"`initial` must be positive and finite, got {initial!r}")
+        self.hidden = nn.Linear(features, hidden)
+        self.output = nn.Linear(hidden, outputs)
+        with torch.no_grad():  # start close to `initial`, but not at a point without gradient
+            self.output.weight.mul_(0.3)
+            self.output.bias.zero_()
+        self.register_buffer("log_initial", torch.tensor(math.log(initial)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return positive values, ``(N, outputs)``."""
+        h = self.output(nn.functional.leaky_relu(self.hidden(features)))
+        return torch.exp(self.log_initial + _LOG_RANGE * torch.tanh(h / _LOG_RANGE))

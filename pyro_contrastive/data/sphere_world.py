@@ -1,0 +1,321 @@
+"""A generative model of pairs of views whose exact posterior is known: the ground truth of every calibration check."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pyro
+import pyro.distributions as pyro_dist
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
+
+from pyro_contrastive.distributions import HypersphericalUniform, VonMisesFisher
+from pyro_contrastive.ops.random import derived_seed, seeded
+
+__all__ = ["SphereBatch", "SphereWorld"]
+
+
+class SphereBatch(NamedTuple):
+    """Pairs drawn from a :class:`SphereWorld`, with everything that made them.
+
+    Attributes:
+        x1: First views, ``(N, observed_dim)``.
+        x2: Second views.
+        z1: True latent points of the first views, ``(N, dim)``, on the unit sphere.
+        z2: Of the second views.
+        mean_direction1: Mean directions ``m`` of the exact posteriors of ``z1``, ``(N, dim)``.
+        mean_direction2: Of ``z2``.
+        concentration1: Concentrations of the exact posteriors of ``z1``, ``(N,)``.
+        concentration2: Of ``z2``.
+    """
+
+    x1: Tensor
+    x2: Tensor
+    z1: Tensor
+    z2: Tensor
+    mean_direction1: Tensor
+    mean_direction2: Tensor
+    concentration1: Tensor
+    concentration2: Tensor
+
+
+class SphereWorld(nn.Module):
+    r"""Pairs of ambiguous views of points on a sphere, as a Pyro model with a known posterior.
+
+    .. math::
+        z_1 &\sim \mathrm{Uniform}(S^{d-1}), \quad z_2 \sim \mathrm{vMF}(z_1, \kappa_{\mathrm{pair}}) \\
+        \kappa_i &\sim \mathrm{law}, \quad m_i \sim \mathrm{vMF}(z_i, \kappa_i), \quad x_i = g(m_i, \log \kappa_i)
+
+    with ``g`` a fixed, injective random network. Seeing ``x_i`` is therefore seeing ``(m_i, kappa_i)``, and because
+    ``z_i`` is uniform and the von Mises-Fisher density is symmetric in its two directions, the posterior of ``z_i`` is
+    *exactly* ``vMF(m_i, kappa_i)``. Calling the world, ``world(num_pairs)``, runs it as a Pyro model: plate
+    ``"pairs"``, one site per field of :class:`SphereBatch`.
+
+    Args:
+        dim: Dimension ``d`` of the ambient space, ``>= 2``.
+        concentration: Law of the ``kappa_i``: a pair ``(low, high)`` (log-uniform on it), one number ``> 0`` (the same
+            for all), ``math.inf`` (injective views: ``m_i = z_i``, nothing is ambiguous), or any Pyro distribution over
+            positive numbers with empty batch and event shape.
+        pair_concentration: ``kappa_pair > 0``; ``math.inf``: the views share one latent, ``z2 = z1``.
+        observed_dim: Dimension of the views, ``>= dim + 1`` (less could not be injective).
+        seed: Seed of the network, ``>= 0``. Another seed is another world.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Source: the controlled experiment of Kirchhof et al., "Probabilistic Contrastive Learning Recovers the Correct
+    Aleatoric Uncertainty of Ambiguous Inputs", ICML 2023 (arXiv 2302.02865), changed so that the posterior is exact.
+
+    Example:
+        >>> world = SphereWorld(dim=3, observed_dim=8)
+        >>> batch = world.sample(5, seed=0)
+        >>> batch.x1.shape, batch.z1.shape, batch.concentration1.shape
+        (torch.Size([5, 8]), torch.Size([5, 3]), torch.Size([5]))
+        >>> world.posterior(batch, view=1).batch_shape
+        torch.Size([5])
+    """
+
+    weight1: Tensor
+    weight2: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        dim: int = 10,
+        concentration: float | tuple[float, float] | pyro_dist.TorchDistribution = (16.0, 64.0),
+        pair_concentration: float = 20.0,
+        *,
+        observed_dim: int = 32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if dim < 2:
+            raise ValueError(f"`dim` must be >= 2, got {dim!r}")
+        if observed_dim < dim + 1:
+            raise ValueError(
+                f"`observed_dim` must be >= dim + 1 = {dim + 1}, or the views could not tell the latents apart, "
+                f"got {observed_dim!r}"
+            )
+        if not pair_concentration > 0:
+            raise ValueError(
+                f"`pair_concentration` must be > 0 (math.inf: one shared latent), got {pair_concentration!r}"
+            )
+        if isinstance(concentration, tuple):
+            if len(concentration) != 2 or not 0 < concentration[0] < concentration[1] < math.inf:
+                raise ValueError(
+                    f"`concentration` must be (low, high) with 0 < low < high < inf, got {concentration!r}"
+                )
+            self._log_centre = 0.5 * (math.log(concentration[0]) + math.log(concentration[1]))
+        elif isinstance(concentration, (int, float)):
+            if not concentration > 0:
+                raise ValueError(f"`concentration` must be > 0 (math.inf: injective views), got {concentration!r}")
+            self._log_centre = math.log(concentration)
+        else:
+            shape = getattr(concentration, "batch_shape", None), getattr(concentration, "event_shape", None)
+            if shape != (torch.Size(), torch.Size()):
+                raise ValueError(
+                    "`concentration` must be a number, a pair (low, high) or a Pyro distribution with empty batch and "
+                    f"event shape, got {concentration!r}"
+                )
+            self._log_centre = 0.0
+        self.dim = dim
+        self.concentration = concentration
+        self.pair_concentration = pair_concentration
+        self.observed_dim = observed_dim
+        generator = torch.Generator().manual_seed(derived_seed(seed))
+        gain = math.sqrt(observed_dim / (dim + 1))  # entries of x of order one
+        self.register_buffer("weight1", gain * _orthogonal(observed_dim, generator)[:, : dim + 1])
+        self.register_buffer("weight2", _orthogonal(observed_dim, generator))
+        self.register_buffer("bias", 0.5 * torch.randn(observed_dim, generator=generator))
+
+    def forward(self, num_pairs: int) -> SphereBatch:
+        """Run the world as a Pyro model.
+
+        Args:
+            num_pairs: Number of pairs ``N``, ``>= 1``.
+
+        Returns:
+            The pairs, on the world's device. Randomness comes from PyTorch's global generators.
+        """
+        like = self.weight1
+        with pyro.plate("pairs", num_pairs):
+            z1 = pyro.sample("z1", HypersphericalUniform(self.dim, dtype=like.dtype, device=like.device))
+            z2 = _around("z2", z1, self.pair_concentration)
+            mean_direction1, concentration1, x1 = self._view(1, z1)
+            mean_direction2, concentration2, x2 = self._view(2, z2)
+        return SphereBatch(x1, x2, z1, z2, mean_direction1, mean_direction2, concentration1, concentration2)
+
+    def _view(self, view: int, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        law = self.concentration
+        name = f"concentration{view}"
+        if isinstance(law, tuple):
+            log_uniform = pyro_dist.Uniform(z.new_full((), math.log(law[0])), z.new_full((), math.log(law[1])))
+            kappa = pyro.sample(
+                name, pyro_dist.TransformedDistribution(log_uniform, [torch.distributions.ExpTransform()])
+            )
+        elif isinstance(law, (int, float)):
+            kappa = pyro.deterministic(name, z.new_full(z.shape[:-1], law))
+        else:
+            kappa = pyro.sample(name, law)
+        kappa = kappa.to(z)
+        mean_direction = _around(f"mean_direction{view}", z, math.inf if law == math.inf else kappa)
+        return mean_direction, kappa, pyro.deterministic(f"x{view}", self.observe(mean_direction, kappa), event_dim=1)
+
+    def observe(self, mean_direction: Tensor, concentration: Tensor) -> Tensor:
+        """Apply the network ``g``.
+
+        Args:
+            mean_direction: Unit vectors, ``(..., dim)``.
+            concentration: ``(...)``, positive. Infinite ones carry no information and enter as zero.
+
+        Returns:
+            Views, ``(..., observed_dim)``.
+        """
+        log_kappa = concentration.log() - self._log_centre
+        log_kappa = torch.where(concentration.isinf(), torch.zeros_like(log_kappa), log_kappa)
+        features = math.sqrt(self.dim) * torch.cat([mean_direction, log_kappa.unsqueeze(-1)], dim=-1)
+        return leaky_relu(features @ self.weight1.mT + self.bias, 0.2) @ self.weight2.mT
+
+    def sample(self, num_pairs: int, seed: int | None = None) -> SphereBatch:
+        """Draw pairs, outside any Pyro handler.
+
+        Args:
+            num_pairs: Number of pairs ``N``, ``>= 1``.
+            seed: Give the same seed for the same pairs; the global random state is then left alone. None: draw from it.
+
+        Returns:
+            The pairs, detached, on the world's device.
+
+        Raises:
+            ValueError: If ``num_pairs`` or ``seed`` is out of its range.
+        """
+        if num_pairs < 1:
+            raise ValueError(f"`num_pairs` must be >= 1, got {num_pairs!r}")
+        with contextlib.ExitStack() as stack:
+            if seed is not None:
+                stack.enter_context(seeded(derived_seed(seed), self.weight1.device))
+            stack.enter_context(poutine.block())
+            stack.enter_context(torch.no_grad())
+            return self(num_pairs)
+
+    def posterior(self, batch: SphereBatch, view: int = 1) -> pyro_dist.TorchDistribution:
+        """Exact posterior of the latent of one view, given that view alone.
+
+        Args:
+            batch: From this world.
+            view: 1 or 2.
+
+        Returns:
+            ``vMF(m, kappa)``, batch shape ``(N,)``; a point mass (``Delta``) where the views are injective.
+
+        Raises:
+            ValueError: If ``view`` is neither 1 nor 2.
+        """
+        if view not in (1, 2):
+            raise ValueError(f"`view` must be 1 or 2, got {view!r}")
+        mean_direction = batch.mean_direction1 if view == 1 else batch.mean_direction2
+        if self.concentration == math.inf:
+            return pyro_dist.Delta(mean_direction, event_dim=1)
+        return VonMisesFisher(mean_direction, batch.concentration1 if view == 1 else batch.concentration2)
+
+    def fused_posterior(self, batch: SphereBatch) -> pyro_dist.TorchDistribution:
+        r"""Exact posterior of the one latent that both views share, given both.
+
+        :math:`\mathrm{vMF}` with :math:`\kappa \mu = \kappa_1 m_1 + \kappa_2 m_2`.
+
+        Args:
+            batch: From this world.
+
+        Returns:
+            The posterior, batch shape ``(N,)``.
+
+        Raises:
+            ValueError: If the views of this world do not share a latent (finite ``pair_concentration``).
+        """
+        if self.pair_concentration != math.inf:
+            raise ValueError(
+                f"the views share one latent only for pair_concentration=math.inf, got {self.pair_concentration!r}; "
+                "use `posterior`"
+            )
+        if self.concentration == math.inf:
+            return self.posterior(batch)
+        natural = batch.concentration1.unsqueeze(-1) * batch.mean_direction1
+        natural = natural + batch.concentration2.unsqueeze(-1) * batch.mean_direction2
+        concentration = natural.norm(dim=-1)
+        return VonMisesFisher(natural / concentration.unsqueeze(-1), concentration)
+
+    def batches(self, batch_size: int = 256, seed: int = 0) -> WorldBatches:
+        """Give fresh pairs without end, for training.
+
+        Args:
+            batch_size: Pairs per batch, ``>= 1``.
+            seed: Base seed; every batch has its own, derived from it and the position.
+
+        Returns:
+            An endless iterator of ``(x1, x2)``, which can be set to any position by ``seek``.
+        """
+        return WorldBatches(self, batch_size, seed)
+
+
+class WorldBatches:
+    """Endless iterator over fresh pairs of a world; see :meth:`SphereWorld.batches`.
+
+    Args:
+        world: Where the pairs come from.
+        batch_size: Pairs per batch, ``>= 1``.
+        seed: Base seed, ``>= 0``.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(self, world: SphereWorld, batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be >= 1, got {batch_size!r}")
+        derived_seed(seed)  # checks it
+        self.world = world
+        self.batch_size = batch_size
+        self.seed = seed
+        self._next = 0
+
+    def seek(self, epoch: int, batch: int = 0) -> None:
+        """Let ``batch`` be the next batch; an endless stream has one epoch only.
+
+        Args:
+            epoch: Must be 0.
+            batch: Position, ``>= 0``.
+
+        Raises:
+            ValueError: If an argument is out of its range.
+        """
+        if epoch != 0 or batch < 0:
+            raise ValueError(f"`epoch` must be 0 and `batch` >= 0, got {epoch!r} and {batch!r}")
+        self._next = batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        batch = self.world.sample(self.batch_size, seed=derived_seed(self.seed, self._next))
+        self._next += 1
+        return batch.x1, batch.x2
+
+
+def _around(name: str, centre: Tensor, concentration: float | Tensor) -> Tensor:
+    """Sample a von Mises-Fisher point around a centre; an infinite concentration gives the centre."""
+    if not isinstance(concentration, Tensor):
+        if concentration == math.inf:
+            return pyro.deterministic(name, centre, event_dim=1)
+        concentration = centre.new_full(centre.shape[:-1], concentration)
+    return pyro.sample(name, VonMisesFisher(centre, concentration))
+
+
+def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    """Draw a random orthogonal matrix, so that no direction of the latents is hard to see."""
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator))
+    return q * r.diagonal().sign()

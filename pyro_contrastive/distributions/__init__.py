@@ -1,9 +1,19 @@
 """Distributions on the unit sphere, in any dimension, that pass through `pyro.sample`."""
 
 from . import kl as _kl  # noqa: F401  (registers the divergences)
+from .kl_projected import projected_normal_kl_bound
 from .power_spherical import PowerSpherical
+from .projected_normal import ProjectedNormal
 from .rotational import RotationallySymmetric
 from .uniform import HypersphericalUniform, log_uniform_density
 from .von_mises_fisher import VonMisesFisher
 
-__all__ = ["HypersphericalUniform", "PowerSpherical", "RotationallySymmetric", "VonMisesFisher", "log_uniform_density"]
+__all__ = [
+    "HypersphericalUniform",
+    "PowerSpherical",
+    "ProjectedNormal",
+    "RotationallySymmetric",
+    "VonMisesFisher",
+    "log_uniform_density",
+    "projected_normal_kl_bound",
+]

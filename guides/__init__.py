@@ -6,6 +6,7 @@ if __name__ == "guides":
 from .base import RecognitionGuide
 from .delta import Delta
 from .power_spherical import PowerSpherical
+from .projected_normal import ProjectedNormal
 from .von_mises_fisher import VonMisesFisher
 
-__all__ = ["Delta", "PowerSpherical", "RecognitionGuide", "VonMisesFisher"]
+__all__ = ["Delta", "PowerSpherical", "ProjectedNormal", "RecognitionGuide", "VonMisesFisher"]

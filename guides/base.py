@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
-from ..nets import feature_size
+from pyro_contrastive.nets import feature_size
 
 __all__ = ["RecognitionGuide"]
 

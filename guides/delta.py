@@ -5,7 +5,8 @@ from __future__ import annotations
 from pyro.distributions import Delta as DeltaDistribution
 from torch import Tensor, nn
 
-from ..nets import DirectionHead
+from pyro_contrastive.nets import DirectionHead
+
 from .base import RecognitionGuide
 
 __all__ = ["Delta"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .. import distributions as dist
-from ..nets import ConcentrationHead, DirectionHead
+from pyro_contrastive import distributions as dist
+from pyro_contrastive.nets import ConcentrationHead, DirectionHead
+
 from .base import RecognitionGuide
 
 __all__ = ["PowerSpherical"]

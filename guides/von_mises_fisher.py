@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import distributions as dist
-from ..nets import ConcentrationHead, DirectionHead
-from ..ops.bessel import inverse_bessel_ratio
+from pyro_contrastive import distributions as dist
+from pyro_contrastive.nets import ConcentrationHead, DirectionHead
+from pyro_contrastive.ops.bessel import inverse_bessel_ratio
+
 from .base import RecognitionGuide
 
 __all__ = ["VonMisesFisher"]

@@ -10,8 +10,8 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from ..factors import infonce_factor, infonce_log_ratio, log_ratio_factor
-from ..kernels import VonMisesFisherKernel, moment_matched_log_ratio, shared_latent_log_ratio
+from pyro_contrastive.factors import infonce_factor, infonce_log_ratio, log_ratio_factor
+from pyro_contrastive.kernels import VonMisesFisherKernel, moment_matched_log_ratio, shared_latent_log_ratio
 
 __all__ = ["MCInfoNCE"]
 
@@ -103,7 +103,7 @@ class MCInfoNCE(PyroModule):
         if num_samples < 1:
             raise ValueError(f"`num_samples` must be >= 1, got {num_samples!r}")
         self.guide = guide
-        self.kernel = None if shared else VonMisesFisherKernel(concentration, learn=learn_concentration)
+        self.kernel: Any = None if shared else VonMisesFisherKernel(concentration, learn=learn_concentration)
         self.evidence = evidence
         self.num_samples = num_samples
         self.symmetric = symmetric

@@ -11,9 +11,9 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
-from .. import distributions as dist
-from ..factors import recognition_factor
-from ..kernels import VonMisesFisherKernel
+from pyro_contrastive import distributions as dist
+from pyro_contrastive.factors import recognition_factor
+from pyro_contrastive.kernels import VonMisesFisherKernel
 
 __all__ = ["RPM"]
 
@@ -54,12 +54,14 @@ class RPM(PyroModule):
         torch.Size([])
     """
 
+    concentration: Tensor
+
     def __init__(self, guide: Any, *, concentration: float = 10.0, learn_concentration: bool = True) -> None:
         super().__init__()
         self.guide = guide
         value = VonMisesFisherKernel(concentration).concentration  # checks it
         if learn_concentration:
-            self.concentration = PyroParam(value.clone(), constraint=constraints.positive)
+            setattr(self, "concentration", PyroParam(value.clone(), constraint=constraints.positive))  # noqa: B010 (typing)
         else:
             self.register_buffer("concentration", value.clone())
 

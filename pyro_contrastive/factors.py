@@ -22,8 +22,8 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
 def _emit(name: str, value: Tensor) -> Tensor:
-    """Emit a factor after checking it against the enclosing plate: a wrong shape would be counted wrongly in silence."""
-    plates = [handler for handler in _PYRO_STACK if isinstance(handler, pyro.plate)]
+    """Emit a factor after checking it against the enclosing plate: a wrong shape would be miscounted in silence."""
+    plates: list[Any] = [handler for handler in _PYRO_STACK if isinstance(handler, pyro.plate)]
     if not plates:
         raise ValueError(
             f"factor {name!r} must be emitted inside the plate of its items; "
@@ -149,8 +149,6 @@ def recognition_factor(name: str, z: Tensor, posterior: Any) -> Tensor:
             f"factor {name!r} needs latents (..., N, d) and a posterior of batch shape (N,), got "
             f"{tuple(z.shape)} and {tuple(batch)}"
         )
-    if hasattr(posterior, "cross_log_prob"):
-        grid = posterior.cross_log_prob(z)  # one matrix product instead of an (N, N, d) tensor
-    else:
-        grid = posterior.log_prob(z.unsqueeze(-2))
-    return log_ratio_factor(name, grid)
+    # one matrix product where the law offers it, instead of an (N, N, d) tensor
+    score = getattr(posterior, "cross_log_prob", None)
+    return log_ratio_factor(name, score(z) if score else posterior.log_prob(z.unsqueeze(-2)))

@@ -36,13 +36,15 @@ class VonMisesFisherKernel(PyroModule):
         ``(..., N, d), (..., M, d) -> (..., N, M)``.
     """
 
+    concentration: Tensor
+
     def __init__(self, concentration: float = 10.0, *, learn: bool = False) -> None:
         super().__init__()
         value = torch.as_tensor(float(concentration))
         if not (value > 0 and torch.isfinite(value)):
             raise ValueError(f"`concentration` of a kernel must be positive and finite, got {concentration!r}")
         if learn:
-            self.concentration = PyroParam(value, constraint=constraints.positive)
+            setattr(self, "concentration", PyroParam(value, constraint=constraints.positive))  # noqa: B010 (typing)
         else:
             self.register_buffer("concentration", value)
 

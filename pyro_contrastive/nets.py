@@ -87,6 +87,8 @@ class ConcentrationHead(nn.Module):
         hidden: width of the hidden layer.
     """
 
+    log_initial: Tensor
+
     def __init__(self, features: int, initial: float, *, outputs: int = 1, hidden: int = 64) -> None:
         super().__init__()
         if not (initial > 0 and math.isfinite(initial)):

@@ -62,9 +62,9 @@ class KSampleELBO(ELBO):
         scale = 1.0
         for sign, trace in ((1.0, model_trace), (-1.0, guide_trace)):
             for name, site in trace.nodes.items():
-                if site["type"] != "sample" or site["infer"].get("_do_not_score"):
+                if site["type"] != "sample" or site["infer"] and site["infer"].get("_do_not_score"):
                     continue
-                if sign < 0 and not site["is_observed"] and not site["fn"].has_rsample:
+                if sign < 0 and not site["is_observed"] and not getattr(site["fn"], "has_rsample", False):
                     raise NotImplementedError(
                         f"KSampleELBO needs reparametrised latents, but site {name!r} is {type(site['fn']).__name__} "
                         "without rsample; enumerate or marginalise it"

@@ -63,7 +63,10 @@ _MEANING: dict[str, tuple[str, str]] = {
         "small when miscalibrated; falls with the number of items for any fixed error",
     ),
     "pair_concentration": ("concentration of the pair prior", "as the model learned it or was given it"),
-    "pair_concentration_sampled": ("the same, from sampled pairs", "fitted to pairs of posterior draws; agrees with a learned prior"),
+    "pair_concentration_sampled": (
+        "the same, from sampled pairs",
+        "fitted to pairs of posterior draws; agrees with a learned prior",
+    ),
     "spearman_corruption": ("rank correlation with -corruption", "concentration against damage applied; 1 is best"),
     "knn_clean": ("5-NN accuracy, clean images", "neighbours among clean training images; 1 is best"),
     "knn_corrupted": ("5-NN accuracy, corrupted images", "damage lowers it; the posterior should know where"),

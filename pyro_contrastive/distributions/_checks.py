@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Shape = torch.Size | list[int] | tuple[int, ...]
+
 UNIT_TOLERANCE = 1e-4  # on the norm of a direction; wide enough for float32 vectors that went through a network
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributions import register_kl
 
-from ..ops.bessel import bessel_ratio_complement, log_partition, log_partition_scaled
-from ..ops.gamma import digamma_increment, log_gamma_increment
+from pyro_contrastive.ops.bessel import bessel_ratio_complement, log_partition, log_partition_scaled
+from pyro_contrastive.ops.gamma import digamma_increment, log_gamma_increment
+
 from .power_spherical import PowerSpherical
 from .rotational import RotationallySymmetric
 from .uniform import HypersphericalUniform, log_uniform_density
@@ -20,11 +21,11 @@ from .von_mises_fisher import VonMisesFisher
 __all__: list[str] = []
 
 
-def _check_dims(p: HypersphericalUniform | RotationallySymmetric, q: HypersphericalUniform | RotationallySymmetric) -> None:
+def _check_dims(
+    p: HypersphericalUniform | RotationallySymmetric, q: HypersphericalUniform | RotationallySymmetric
+) -> None:
     if p.event_shape != q.event_shape:
-        raise ValueError(
-            f"both laws must live on one sphere, got dimensions {p.event_shape[0]} and {q.event_shape[0]}"
-        )
+        raise ValueError(f"both laws must live on one sphere, got dimensions {p.event_shape[0]} and {q.event_shape[0]}")
 
 
 def _shape(value: Tensor, p: torch.distributions.Distribution, q: torch.distributions.Distribution) -> Tensor:

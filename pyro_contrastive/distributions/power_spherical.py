@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..ops.gamma import digamma_increment, log_gamma_increment
-from ..ops.radial import POWER_SPHERICAL
+from pyro_contrastive.ops.gamma import digamma_increment, log_gamma_increment
+from pyro_contrastive.ops.radial import POWER_SPHERICAL
+
 from .rotational import RotationallySymmetric
 
 __all__ = ["PowerSpherical"]

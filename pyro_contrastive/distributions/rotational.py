@@ -8,8 +8,9 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from ..ops.radial import RadialFamily, draw
-from ._checks import check_concentration, check_float, check_on_sphere, check_same, check_unit, check_vectors
+from pyro_contrastive.ops.radial import RadialFamily, draw
+
+from ._checks import Shape, check_concentration, check_float, check_on_sphere, check_same, check_unit, check_vectors
 
 __all__ = ["RotationallySymmetric"]
 
@@ -71,11 +72,13 @@ class RotationallySymmetric(TorchDistribution):
             check_concentration(concentration)
 
     @staticmethod
-    def infer_shapes(mean_direction: tuple[int, ...], concentration: tuple[int, ...] = ()) -> tuple:
+    def infer_shapes(  # type: ignore[override]
+        mean_direction: tuple[int, ...], concentration: tuple[int, ...] = ()
+    ) -> tuple:
         """Batch and event shape from the shapes of the arguments (Pyro's shape inference)."""
         return torch.broadcast_shapes(tuple(mean_direction[:-1]), tuple(concentration)), tuple(mean_direction[-1:])
 
-    def expand(self, batch_shape: torch.Size, _instance: TorchDistribution | None = None) -> RotationallySymmetric:
+    def expand(self, batch_shape: Shape, _instance: TorchDistribution | None = None) -> RotationallySymmetric:
         """See :meth:`torch.distributions.Distribution.expand`."""
         new = self._get_checked_instance(type(self), _instance)
         batch_shape = torch.Size(batch_shape)
@@ -105,7 +108,7 @@ class RotationallySymmetric(TorchDistribution):
         """The mean direction (any point at concentration 0)."""
         return self.mean_direction
 
-    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
         """Draws of shape ``(*sample_shape, *batch, d)`` with pathwise gradients to both arguments.
 
         A Gaussian vector is projected on the tangent space at the mean direction and carried to the sphere by

@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from ._checks import check_on_sphere, check_unit
+from ._checks import Shape, check_on_sphere, check_unit
 
 __all__ = ["HypersphericalUniform", "log_uniform_density"]
 
@@ -57,7 +57,7 @@ class HypersphericalUniform(TorchDistribution):
         self._dtype, self._device = dtype, device
         super().__init__(torch.Size(batch_shape), torch.Size((dim,)), validate_args=validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance: TorchDistribution | None = None) -> HypersphericalUniform:
+    def expand(self, batch_shape: Shape, _instance: TorchDistribution | None = None) -> HypersphericalUniform:
         """See :meth:`torch.distributions.Distribution.expand`."""
         new = self._get_checked_instance(HypersphericalUniform, _instance)
         new.dim, new._dtype, new._device = self.dim, self._dtype, self._device
@@ -70,7 +70,7 @@ class HypersphericalUniform(TorchDistribution):
         """The origin of R^d: the uniform law has no preferred direction."""
         return torch.zeros(self._extended_shape(), dtype=self._dtype, device=self._device)
 
-    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
         """Normalised Gaussian draws, ``(*sample_shape, *batch_shape, d)``."""
         noise = torch.randn(self._extended_shape(torch.Size(sample_shape)), dtype=self._dtype, device=self._device)
         return noise / torch.linalg.vector_norm(noise, dim=-1, keepdim=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..ops.bessel import bessel_ratio, bessel_ratio_complement, log_partition_scaled
-from ..ops.radial import VON_MISES_FISHER
+from pyro_contrastive.ops.bessel import bessel_ratio, bessel_ratio_complement, log_partition_scaled
+from pyro_contrastive.ops.radial import VON_MISES_FISHER
+
 from .rotational import RotationallySymmetric
 from .uniform import log_uniform_density
 

@@ -262,9 +262,7 @@ def _all_ratios(order: float, x: Tensor, n_max: int, derivative: bool) -> Tensor
     finite = x.masked_fill(at_infinity, 0.0)
     for j in reversed(range(n_max)):
         r = _ratio_down(order + j, finite, r)
-        ladder.append(
-            [r[0].masked_fill(at_infinity, 1.0), *(d.masked_fill(at_infinity, 0.0) for d in r[1:])]
-        )
+        ladder.append([r[0].masked_fill(at_infinity, 1.0), *(d.masked_fill(at_infinity, 0.0) for d in r[1:])])
     value, slope = torch.ones_like(x), torch.zeros_like(x)
     out = [slope if derivative else value]
     for step in reversed(ladder):

@@ -284,7 +284,7 @@ def _renormalise(x: Tensor) -> Tensor:
 
 
 class _Draw(torch.autograd.Function):
-    """x(mu, kappa; noise). The noise is a fresh buffer that is overwritten; the gradient to mu is the tangential one."""
+    """x(mu, kappa; noise). The noise is a buffer of ours, overwritten; the gradient to mu is the tangential one."""
 
     @staticmethod
     def forward(ctx: Any, mu: Tensor, kappa: Tensor, noise: Tensor, family: RadialFamily) -> Tensor:

@@ -1,0 +1,46 @@
+"""Recognition with projected-normal posteriors."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from pyro_contrastive import distributions as dist
+from pyro_contrastive.nets import ConcentrationHead, DirectionHead
+
+from .base import RecognitionGuide
+
+__all__ = ["ProjectedNormal"]
+
+INITIAL_COSINE = 0.6
+
+
+class ProjectedNormal(RecognitionGuide):
+    r"""Amortised projected-normal posteriors: z = w/|w| with :math:`w \sim N(\mu(x), \mathrm{diag}\,\sigma(x)^2)`.
+
+    The law of z depends on (mu, sigma) only up to a common factor, so mu is kept at unit length and sigma says it all:
+    for small sigma, 1/sigma^2 along an axis is the concentration of a von Mises-Fisher law of that width.
+
+    Args:
+        encoder: any module ``x -> (N, features)``.
+        dim: d >= 2.
+        features: width of the encoder's output; read off its last layer when omitted.
+        initial_scale: sigma at the start of training, by default sqrt((1/0.6^2 - 1)/d), where a draw's cosine to the
+            mean direction is about 0.6.
+
+    Raises:
+        ValueError: see :class:`~pyro_contrastive.guides.base.RecognitionGuide`.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, dim: int, *, features: int | None = None, initial_scale: float | None = None
+    ) -> None:
+        super().__init__(encoder, dim, features=features)
+        if initial_scale is None:
+            initial_scale = math.sqrt((1 / INITIAL_COSINE**2 - 1) / dim)
+        self.direction = DirectionHead(self.features, dim)
+        self.scale = ConcentrationHead(self.features, initial_scale, outputs=dim)
+
+    def _posterior(self, features: Tensor) -> dist.ProjectedNormal:
+        return dist.ProjectedNormal(self.direction(features), self.scale(features))

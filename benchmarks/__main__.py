@@ -147,7 +147,7 @@ def densities(dim: int, size: int, rounds: int, device: torch.device) -> list[di
         torch.autograd.grad(((z @ mean.mT) * kappa).sum(), (mean, kappa))
 
     def score(family: str) -> None:
-        torch.autograd.grad(build(family, mean, kappa).log_prob(z.unsqueeze(-2)).sum(), (mean, kappa))
+        torch.autograd.grad(build(family, mean, kappa).cross_log_prob(z).sum(), (mean, kappa))
 
     tasks: dict[str, Callable[[], object]] = {"matrix product": product}
     tasks |= {family: (lambda f=family: score(f)) for family in FAMILIES}

@@ -367,7 +367,11 @@ def test_shapes(case):
     assert law.entropy().shape == (3, 2)
     assert law.has_rsample
     pairwise = case.make(4, 10.0, batch=(6,))
-    assert pairwise.log_prob(pairwise.sample((5,))[:, :, None]).shape == (5, 6, 6)
+    z = pairwise.sample((5,))
+    grid = pairwise.log_prob(z[:, :, None])
+    assert grid.shape == (5, 6, 6)
+    if not case.symmetric:
+        torch.testing.assert_close(pairwise.cross_log_prob(z), grid)
 
 
 @by_name

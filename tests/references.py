@@ -154,14 +154,15 @@ class AngleLaw:
     """
 
     def __init__(self, dim: int, log_density) -> None:
-        grid = np.union1d(np.geomspace(1e-8, math.pi * (1 - 1e-12), 60_000), np.linspace(1e-9, math.pi - 1e-9, 60_000))
+        grid = np.union1d(np.geomspace(1e-8, math.pi * (1 - 1e-12), 40_000), np.linspace(1e-9, math.pi - 1e-9, 40_000))
         with np.errstate(divide="ignore"):
             self._log = log_density(grid) + (dim - 2) * np.log(np.sin(grid))
         weight = np.exp(self._log - self._log.max())
         area = 0.5 * (weight[1:] + weight[:-1]) * np.diff(grid)
         self.grid = np.concatenate([[0.0], grid, [math.pi]])
-        self._cdf = np.concatenate([[0.0, 0.0], np.cumsum(area), [area.sum()]]) / area.sum()
-        self._mass = np.concatenate([area, [0.0]]) / area.sum()
+        total = np.cumsum(area)
+        self._cdf = np.concatenate([[0.0, 0.0], total, [total[-1]]]) / total[-1]
+        self._mass = np.append(area, 0.0) / total[-1]
 
     def cdf(self, angle: np.ndarray) -> np.ndarray:
         """P(angle' <= angle)."""
@@ -189,7 +190,7 @@ def power_spherical_angle(kappa: float):
 
 
 def projected_normal_angle(dim: int, kappa: float):
-    """Isotropic projected normal, |loc|^2 = kappa: the radius integrated by a plain sum over a fixed fine grid."""
+    """Isotropic projected normal, |loc|^2 = kappa: the radius integrated by Gauss-Legendre quadrature."""
     length = math.sqrt(kappa)
 
     def log_density(angle: np.ndarray) -> np.ndarray:
@@ -197,14 +198,13 @@ def projected_normal_angle(dim: int, kappa: float):
         mode = 0.5 * (a + np.sqrt(a * a + 4 * (dim - 1)))
         mode = np.where(a < 0, 2 * (dim - 1) / (np.sqrt(a * a + 4 * (dim - 1)) - a), mode)
         peak = (dim - 1) * np.log(mode) - 0.5 * (mode - a) ** 2
+        width = mode / np.sqrt(dim - 1 + mode * mode)
+        low, high = np.maximum(mode - 12 * width, 0.0), mode + 40 * width
         total = np.zeros_like(angle)
-        shape_width = mode / np.sqrt(dim - 1 + mode * mode)
-        for step in np.linspace(-12.0, 40.0, 1041):
-            r = mode + step * shape_width
-            with np.errstate(divide="ignore", invalid="ignore"):
-                term = np.exp((dim - 1) * np.log(r) - 0.5 * (r - a) ** 2 - peak)
-            total += np.where(r > 0, term, 0.0)
-        return peak + np.log(0.05 * total * shape_width) - 0.5 * (length * np.sin(angle)) ** 2
+        for node, weight in zip(*np.polynomial.legendre.leggauss(200), strict=True):
+            r = 0.5 * (low + high) + 0.5 * (high - low) * node
+            total += weight * np.exp((dim - 1) * np.log(r) - 0.5 * (r - a) ** 2 - peak)
+        return peak + np.log(0.5 * (high - low) * total) - 0.5 * (length * np.sin(angle)) ** 2
 
     return log_density
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pyro.distributions.kl import register_kl
 from torch import Tensor
 
-from pyro_contrastive.distributions.projected_normal import ProjectedNormal
-from pyro_contrastive.distributions.uniform import HypersphericalUniform
+from .projected_normal import ProjectedNormal
+from .uniform import HypersphericalUniform
 
 
 def projected_normal_kl_bound(p: ProjectedNormal) -> Tensor:

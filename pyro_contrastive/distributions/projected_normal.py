@@ -9,7 +9,8 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from pyro_contrastive.ops.projected import log_radial_integral
+from ..ops.projected import log_radial_integral
+from ._checks import check_float, check_on_sphere, check_same, check_unit, check_vectors
 
 ENTROPY_NUM_SAMPLES = 16
 """Draws per element behind ``ProjectedNormal.entropy()``, and so behind its ``kl_divergence`` to the uniform law."""
@@ -39,6 +40,7 @@ class ProjectedNormal(TorchDistribution):
         validate_args: check the arguments and the values handed to :meth:`log_prob`; the default is torch's setting.
 
     Raises:
+        TypeError: for dtypes other than float32 and float64, or two different ones.
         ValueError: on shapes that do not fit, ``d < 2``, and under validation on non-finite parameters, on a scale that
             is not positive and on values that are not unit vectors of length ``d``.
 
@@ -62,9 +64,10 @@ class ProjectedNormal(TorchDistribution):
     has_rsample = True
 
     def __init__(self, loc: Tensor, scale_diag: Tensor, *, validate_args: bool | None = None) -> None:
-        dim = loc.shape[-1] if loc.dim() else 0
-        if dim < 2:
-            raise ValueError(f"`loc` must have shape (*batch, d) with d >= 2, got {tuple(loc.shape)}")
+        check_float("loc", loc)
+        check_float("scale_diag", scale_diag)
+        check_same("loc", loc, "scale_diag", scale_diag)
+        dim = check_vectors("loc", loc)
         try:
             shape = torch.broadcast_shapes(loc.shape, scale_diag.shape)
         except RuntimeError:
@@ -150,8 +153,9 @@ class ProjectedNormal(TorchDistribution):
         Returns:
             Tensor of shape ``(*sample, *batch)``.
         """
+        check_on_sphere("value", value, self.event_shape[0])
         if self._validate_args:
-            self._validate_sample(value)
+            check_unit("value", value)
         dim = self.event_shape[0]
         whitening = self._whitening()
         whitened = value * whitening
@@ -163,6 +167,27 @@ class ProjectedNormal(TorchDistribution):
         quadratic = (location - a.clamp_min(0.0) * direction).square().sum(-1)
         gaussian = whitening.log().sum(-1) - 0.5 * dim * math.log(2 * math.pi) - 0.5 * quadratic
         return gaussian - dim * length.squeeze(-1).log() + log_radial_integral(dim, a.squeeze(-1))
+
+    def cross_log_prob(self, value: Tensor) -> Tensor:
+        """Log density of every value under every member of the batch, by two matrix products.
+
+        Lighter than :meth:`log_prob` on a grid by a factor ``d`` in memory. The square of the distance to the ray is a
+        difference here, so the rounding error is that of the dtype times ``|loc / scale_diag|^2``.
+
+        Args:
+            value: ``(..., N, d)`` points of the sphere.
+
+        Returns:
+            ``(..., N, M)`` for a batch of shape ``(..., M)``: entry (i, j) scores value i under member j.
+        """
+        check_on_sphere("value", value, self.event_shape[0])
+        dim = self.event_shape[0]
+        whitening, location = self._whitening(), self.loc / self.scale_diag
+        length = (value.square() @ whitening.square().mT).sqrt()
+        a = value @ (location * whitening).mT / length
+        quadratic = location.square().sum(-1).unsqueeze(-2) - a.clamp_min(0.0).square()
+        gaussian = whitening.log().sum(-1).unsqueeze(-2) - 0.5 * dim * math.log(2 * math.pi) - 0.5 * quadratic
+        return gaussian - dim * length.log() + log_radial_integral(dim, a)
 
     def _whitening(self) -> Tensor:
         """``c / scale_diag`` with a constant ``c``: the law does not see a common factor, but the dtype does."""

@@ -1,0 +1,1 @@
+"""Speed of the distributions on the sphere, as ratios to a floor: ``python -m benchmarks``."""

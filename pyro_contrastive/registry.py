@@ -32,6 +32,7 @@ CLOSED_FORMS = ("exact", "moment_matched")
 GUIDES: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "vmf": (guides.VonMisesFisher, "von Mises-Fisher posterior: direction and concentration per view"),
     "power_spherical": (guides.PowerSpherical, "power spherical posterior: like vmf, lighter numerics"),
+    "projected_normal": (guides.ProjectedNormal, "projected normal posterior, one scale per axis"),
     "delta": (guides.Delta, "a point: the deterministic encoder of SimCLR"),
 }
 

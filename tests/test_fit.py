@@ -344,7 +344,7 @@ def test_own_optimiser_schedule_and_clipping():
     )
     assert result.history["lr"] == pytest.approx([0.5 * 0.25])
     start, _ = pair()
-    moved = (result.model.concentration_unconstrained - start.concentration_unconstrained).abs()
+    moved = (result.model.concentration_unconstrained - start.concentration_unconstrained).detach().abs()
     assert 0 <= float(moved) < 4e-9
 
 

@@ -46,7 +46,7 @@ def train(
     pyro.set_rng_seed(seed)
     where = pick_device(device)
     world = SphereWorld(dim=3, concentration=(16.0, 64.0), pair_concentration=20.0, observed_dim=16).to(where)
-    guide = guides.VonMisesFisher(nets.mlp([16, 64, 64]), dim=3, features=64).to(where)
+    guide = guides.VonMisesFisher(nets.mlp([16, 64, 64]), dim=3).to(where)
     model = make_model(guide, dim=3)
     svi = SVI(model, guide, Adam({"lr": 2e-3}), Trace_ELBO())
 

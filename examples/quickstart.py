@@ -3,7 +3,7 @@
 The block between the markers is the README's. Options: ``--out DIR --seed N --device auto|cpu|cuda --small``.
 """
 
-# ruff: noqa: ANN, B905, D103, E402
+# ruff: noqa: ANN001, ANN201, D103, E402
 import runpy
 import sys
 
@@ -26,7 +26,7 @@ from pyro_contrastive.fit import fit
 def quickstart(steps=2_000, seed=0, device="auto", out=None):
     pyro.set_rng_seed(seed)
     world = SphereWorld(dim=10, concentration=(16.0, 64.0), pair_concentration=20.0)  # its posterior is known
-    guide = guides.VonMisesFisher(nets.mlp([32, 128, 128]), dim=10, features=128)
+    guide = guides.VonMisesFisher(nets.mlp([32, 128, 128]), dim=10)
     model = models.MCInfoNCE(guide, concentration=20.0, evidence="moment_matched")
     fit(model, guide, world.batches(256, seed), steps=steps, lr=2e-3, seed=seed, device=device, out=out)
     test = world.sample(2_500, seed=1)
@@ -34,8 +34,9 @@ def quickstart(steps=2_000, seed=0, device="auto", out=None):
     score = diagnostics.align_and_score(
         q.mean_direction, q.concentration, test.z1, true_concentration=test.concentration1
     )
-    coverage = {f"coverage_{level:.0%}": share for level, share in zip(score.coverage.levels, score.coverage.empirical)}
-    return {"spearman": score.spearman_concentration, "kappa_error": score.concentration_error, **coverage}
+    figures = {"spearman": score.spearman_concentration, "kappa_error": score.concentration_error}
+    shares = zip(score.coverage.levels, score.coverage.empirical, strict=True)
+    return figures | {f"coverage_{level:.0%}": float(share) for level, share in shares}
 
 
 if __name__ == "__main__":

@@ -269,12 +269,15 @@ def _demo(args: argparse.Namespace) -> int:
     if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0:
         raise UsageError(f"`seeds` must be different and >= 0, got {args.seeds}")
     device = _device(args.device)
-    short: dict[str, int] = {"steps": 20} if args.small else {}
+    digits_steps, sphere_steps = (20, 20) if args.small else (None, 1_500)
     plan = [
-        (args.out if position == 0 else args.out / f"seed{seed}", RunConfig(data="digits", seed=seed, **short))
+        (
+            args.out if position == 0 else args.out / f"seed{seed}",
+            RunConfig(data="digits", seed=seed, steps=digits_steps),
+        )
         for position, seed in enumerate(args.seeds)
     ]
-    plan.append((args.out / "sphere", RunConfig(data="sphere", **({"steps": 2_000} | short))))
+    plan.append((args.out / "sphere", RunConfig(data="sphere", steps=sphere_steps)))
     for position, (folder, config) in enumerate(plan, 1):
         label = f"{position}/{len(plan)} {config.data}, seed {config.seed}"
         code = _train(config, folder, device, quiet=args.quiet, label=label)

@@ -139,7 +139,7 @@ def fit(
         checkpoint_seconds: Least time between two checkpoints; the end of the run is always written.
         config: Numbers and strings of yours that identify the run; kept in the checkpoint, and a checkpoint with
             other values is refused.
-        log_every: Steps per row of the history, ``>= 1``. Default: 100 rows, but at most 50 steps each.
+        log_every: Steps per row of the history, ``>= 1``. Default: 50 rows, but at most 50 steps each.
         progress: Show a progress bar; a string is its label.
 
     Returns:
@@ -170,7 +170,7 @@ def fit(
         if not value > 0.0:
             raise ValueError(f"`{name}` must be > 0, got {value!r}")
     if log_every is None:
-        log_every = max(1, min(50, total // 100))
+        log_every = max(1, min(50, total // 50))
     elif log_every < 1:
         raise ValueError(f"`log_every` must be >= 1 step, got {log_every!r}")
     if not callable(schedule) and schedule not in SCHEDULES:

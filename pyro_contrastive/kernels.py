@@ -20,6 +20,9 @@ from .ops.bessel import bessel_ratio, inverse_bessel_ratio, log_partition, log_p
 __all__ = ["VonMisesFisherKernel", "moment_matched_log_ratio", "shared_latent_log_ratio"]
 
 
+_TINY = 1e-10  # added to a squared concentration: shifts a log ratio by at most 1e-10 / (2 d) nats
+
+
 class VonMisesFisherKernel(PyroModule):
     r"""The von Mises-Fisher kernel, :math:`\log f(z, z') = \kappa\, z \cdot z'`.
 
@@ -91,9 +94,9 @@ def shared_latent_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFish
     # |k1 mu1 + k2 mu2|^2 = (k1 - k2)^2 + 2 k1 k2 (1 + cos); the tiny constant keeps the square root differentiable
     # where two equally sure posteriors are antipodal, and there Phi'(x)/x has a finite limit
     squared = (k1 - k2).square() + 2 * k1 * k2 * (1 + cosine).clamp_min(0.0)
-    fused = torch.sqrt(squared + 1e-10)
-    # Phi(k) = k + scaled(k): the linear parts are combined before they can cancel
-    linear = -2 * k1 * k2 * (1 - cosine) / (fused + k1 + k2)
+    fused = torch.sqrt(squared + _TINY)
+    # Phi(k) = k + scaled(k): the linear parts, fused - k1 - k2, are combined before they can cancel
+    linear = (_TINY - 2 * k1 * k2 * (1 - cosine)) / (fused + k1 + k2)
     return (
         linear
         + log_partition_scaled(dim, fused)

@@ -18,8 +18,6 @@ from pyro_contrastive.ops.random import seeded
 
 __all__ = ["DATA", "EVIDENCES", "GUIDES", "METHODS", "Run", "RunConfig"]
 
-FEATURES = 128
-
 METHODS = {
     "mcinfonce": "InfoNCE over posteriors, concentration of the pairs assumed   https://arxiv.org/abs/2302.02865",
     "rpm": "recognition-parametrised model, concentration of the pairs learned   https://arxiv.org/abs/2209.05661",
@@ -30,10 +28,10 @@ EVIDENCES = {
     "k_sample": "log of the mean over posterior samples; few samples favour too narrow posteriors",
     "elbo": "mean of the log over posterior samples",
 }
+CLOSED_FORMS = ("exact", "moment_matched")
 GUIDES: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "vmf": (guides.VonMisesFisher, "von Mises-Fisher posterior: direction and concentration per view"),
     "power_spherical": (guides.PowerSpherical, "power spherical posterior: like vmf, lighter numerics"),
-    "projected_normal": (guides.ProjectedNormal, "projected normal posterior, diagonal covariance"),
     "delta": (guides.Delta, "a point: the deterministic encoder of SimCLR"),
 }
 
@@ -109,12 +107,23 @@ class RunConfig:
         if self.method == "rpm":
             if evidence is not None:
                 raise ValueError(f"`evidence` is a choice of mcinfonce only, got {evidence!r} for rpm; leave it out")
+            if self.guide == "delta":
+                raise ValueError("rpm needs a posterior with a density, got guide 'delta'; use vmf or power_spherical")
             concentration = 10.0 if concentration is None else concentration
         else:
-            if evidence is None and concentration is not None:
-                evidence = "exact" if concentration == math.inf else "moment_matched"
-            evidence = evidence or defaults.evidence
+            if evidence is None:
+                if self.guide != "vmf":
+                    evidence = "elbo" if self.guide == "delta" else "k_sample"
+                elif concentration is not None:
+                    evidence = "exact" if concentration == math.inf else "moment_matched"
+                else:
+                    evidence = defaults.evidence
             _one_of("evidence", evidence, EVIDENCES)
+            if evidence in CLOSED_FORMS and self.guide != "vmf":
+                raise ValueError(
+                    f"evidence {evidence!r} is a closed form of guide 'vmf', got guide {self.guide!r}; "
+                    "use k_sample or elbo"
+                )
             if concentration is None:
                 concentration = math.inf if evidence == "exact" else 20.0
         filled = {
@@ -162,14 +171,19 @@ class RunConfig:
         """
         path = Path(folder) / "config.json"
         try:
-            found = json.loads(path.read_text())
-            return cls(**{k: math.inf if v == "inf" else v for k, v in found.items()})
+            found: dict[str, Any] = json.loads(path.read_text())
+            values: dict[str, Any] = {k: math.inf if v == "inf" else v for k, v in found.items()}
+            return cls(**values)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{folder} holds no run (no config.json); make one with `pyro-contrastive fit --out {folder}`"
             ) from None
         except (TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from error
+
+
+def _observed_dim(dim: int) -> int:
+    return max(32, 2 * dim)
 
 
 class Run:
@@ -186,22 +200,20 @@ class Run:
         self.config = config
         assert config.dim is not None and config.concentration is not None
         with seeded(config.seed):
-            sizes = [64 if config.data == "digits" else 32, FEATURES, FEATURES]
-            encoder = nets.mlp(sizes, batch_norm=config.data == "digits")
-            if config.data == "digits":
-                encoder = nn.Sequential(nn.Flatten(), encoder)
-            self.guide = GUIDES[config.guide][0](encoder, config.dim, features=FEATURES)
+            digits = config.data == "digits"
+            encoder = nets.mlp([64 if digits else _observed_dim(config.dim), 128, 128], batch_norm=digits)
+            self.guide = GUIDES[config.guide][0](encoder, config.dim)
             if config.method == "rpm":
                 self.model: nn.Module = models.RPM(self.guide, concentration=config.concentration)
             else:
-                self.model = models.MCInfoNCE(self.guide, concentration=config.concentration, evidence=config.evidence)
+                self.model = models.MCInfoNCE(self.guide, concentration=config.concentration, evidence=config.evidence)  # type: ignore[arg-type]
 
     def world(self) -> SphereWorld:
         """Build the world of a ``sphere`` run: its pairs are related as MCInfoNCE assumes (kappa 20 for RPM)."""
         config = self.config
         assert config.dim is not None and config.concentration is not None
         pair_concentration = config.concentration if config.method == "mcinfonce" else 20.0
-        return SphereWorld(config.dim, pair_concentration=pair_concentration)
+        return SphereWorld(config.dim, pair_concentration=pair_concentration, observed_dim=_observed_dim(config.dim))
 
     def batches(self, device: torch.device) -> Iterable[tuple[torch.Tensor, ...]]:
         """Give the training views.

@@ -13,6 +13,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
+from pyro_contrastive import guides, models, nets
 from pyro_contrastive.diagnostics import to_arviz
 
 N, D = 7, 3
@@ -171,6 +172,39 @@ def test_modules_in_the_local_mode_of_the_caller(views):
         data = to_arviz(model, guide, views, num_samples=2)
         assert float(data["constant_data"]["pair_concentration"]) == pytest.approx(6.0)
         assert pyro.settings.get("module_local_params") is True
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        *[("VonMisesFisher", method) for method in ("shared", "moment_matched", "k_sample", "elbo", "rpm")],
+        *[
+            (family, method)
+            for family in ("PowerSpherical", "ProjectedNormal")
+            for method in ("k_sample", "elbo", "rpm")
+        ],
+        *[("Delta", method) for method in ("k_sample", "elbo")],
+    ],
+)
+def test_the_pairs_of_this_library(family, method, views, tmp_path):
+    torch.manual_seed(0)
+    guide = getattr(guides, family)(nets.mlp([4, 8], batch_norm=True), D)
+    if method == "rpm":
+        model, factors = models.RPM(guide), {"x1", "x2"}
+    elif method == "shared":
+        model, factors = models.MCInfoNCE(guide), {"positive"}
+    else:
+        model, factors = models.MCInfoNCE(guide, concentration=20.0, evidence=method), {"positive"}
+    SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(*views)
+    data = to_arviz(model, guide, views, num_samples=2, seed=0)
+    assert data["posterior"]["z1"].dims == ("chain", "draw", "item", "axis")
+    assert data["posterior"]["angle2"].dims == data["sample_stats"]["elbo"].dims == ("chain", "draw", "item")
+    assert set(data["log_likelihood"].data_vars) == factors
+    assert ("concentration1" in data["posterior"]) == (family in ("VonMisesFisher", "PowerSpherical"))
+    assert {"posterior_predictive", "prior"} <= groups(data)
+    assert float(data["constant_data"]["pair_concentration"]) == float(model.concentration.detach())
+    assert np.isfinite(data["sample_stats"]["elbo"].values).all()
+    data.to_netcdf(tmp_path / "posterior.nc")
 
 
 def test_plain_functions(views):

@@ -65,7 +65,9 @@ def test_a_wrong_name_lists_the_valid_ones(capsys, argv, named):
         (["--concentration", "nan"], "`concentration` must be > 0, got nan"),
         (["--method", "rpm", "--evidence", "exact"], "choice of mcinfonce only"),
         (["--evidence", "exact", "--concentration", "5"], "concentration"),
-        (["--guide", "delta"], "Delta"),
+        (["--guide", "delta", "--evidence", "exact"], "closed form of guide 'vmf'"),
+        (["--guide", "delta", "--method", "rpm"], "a posterior with a density"),
+        (["--evidence", "moment_matched", "--concentration", "inf"], "'exact'"),
     ],
 )
 def test_wrong_values_are_usage_errors_without_a_traceback(tmp_path, capsys, more, message):
@@ -102,9 +104,10 @@ def test_fit_writes_its_files_and_goes_on_or_refuses(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_fits_every_kind_of_data(tmp_path, method, data):
+@pytest.mark.parametrize(("method", "guide"), [(m, g) for m in METHODS for g in GUIDES if (m, g) != ("rpm", "delta")])
+def test_every_method_fits_every_kind_of_data(tmp_path, method, guide, data):
     argv = ["fit", "--method", method, "--data", data, "--out", str(tmp_path), "--steps", "2", "--batch-size", "16"]
+    argv += ["--guide", guide]
     assert main([*argv, "--device", "cpu", "--quiet"]) == 0
     assert load_checkpoint(tmp_path / "checkpoint.pt")["position"]["step"] == 2
 

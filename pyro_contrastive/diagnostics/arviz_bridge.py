@@ -51,7 +51,8 @@ def to_arviz(
     | posterior | every latent site of the guide, (chain, draw, item, axis) for points on a sphere; deterministic \
 sites; for the spherical site "z1" also `angle1`, the angle in radians of each draw to the mean direction of its \
 posterior, and `concentration1` where the family has one |
-    | prior | the same sites drawn from the model alone |
+    | prior | the same sites drawn from the model alone (an InfoNCE model draws them from the recognition law, which \
+is its prior in the mean over the items) |
     | posterior_predictive | `partner`: which candidate of the batch is drawn as the partner of each item; needs the \
 method `model.partner_logits(*views) -> (N, N)` |
     | log_likelihood | every observed site and factor of the model, by name. The rows of a contrastive factor share \

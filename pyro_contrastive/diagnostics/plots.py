@@ -305,7 +305,9 @@ def plot_aggregate(points: ArrayLike | torch.Tensor, *, ax: Axes | None = None) 
         style: dict[str, Any] = (
             {"alpha": 1.0, "linewidth": 1.8, "zorder": 2} if extreme else {"alpha": 0.25, "linewidth": 0.8}
         )
-        ax.plot(np.sort(z @ axis), height, color=colour, label=name, **style)
+        cosines = z @ axis
+        cosines = np.sort(cosines if cosines.mean() >= 0 else -cosines)  # the sign of an eigenvector means nothing
+        ax.plot(cosines, height, color=colour, label=name, **style)
     half = 0.5 * (d - 1)
     ax.plot(grid, stats.beta.cdf(0.5 * (1 + grid), half, half), color="black", linestyle="--", linewidth=1.5,
             label="uniform", zorder=3)  # fmt: skip

@@ -179,7 +179,8 @@ def test_samples_follow_the_density(case, strength, dim):
     else:
         half = (dim - 2) / 2
         assert stats.kstest((coordinate + 1) / 2, stats.beta(half, half).cdf).pvalue > 1e-5
-    assert stats.spearmanr(coordinate, angle).pvalue > 1e-5
+    # rounded: for d = 2 it is +-1, and the rounding errors around that do depend on the angle
+    assert stats.spearmanr(coordinate.round(9), angle).pvalue > 1e-5
 
 
 @by_concentrated

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from pyro.distributions.kl import register_kl
 from torch import Tensor
 
 from .projected_normal import ProjectedNormal
-from .uniform import HypersphericalUniform
+from .uniform import HypersphericalUniform, log_uniform_density
 
 
 def projected_normal_kl_bound(p: ProjectedNormal) -> Tensor:
@@ -39,4 +40,5 @@ def _kl_projected_normal_uniform(p: ProjectedNormal, q: HypersphericalUniform) -
             f"both distributions must live on the same sphere, got event shapes {tuple(p.event_shape)} and "
             f"{tuple(q.event_shape)}; build both with the same `d`"
         )
-    return q.entropy() - p.entropy()
+    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    return (-log_uniform_density(q.dim) - p.entropy()).expand(shape)  # in the dtype of p

@@ -9,7 +9,8 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from ..ops.projected import log_radial_integral
+from pyro_contrastive.ops.projected import log_radial_integral
+
 from ._checks import check_float, check_on_sphere, check_same, check_unit, check_vectors
 
 ENTROPY_NUM_SAMPLES = 16
@@ -90,9 +91,11 @@ class ProjectedNormal(TorchDistribution):
         super().__init__(shape[:-1], shape[-1:], validate_args=validate_args)
 
     @staticmethod
-    def infer_shapes(loc: torch.Size, scale_diag: torch.Size) -> tuple[torch.Size, torch.Size]:
+    def infer_shapes(  # type: ignore[override]
+        loc: tuple[int, ...], scale_diag: tuple[int, ...] = ()
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Batch and event shape from the shapes of the arguments, as Pyro's shape inference asks for."""
-        shape = torch.broadcast_shapes(loc, scale_diag)
+        shape = torch.broadcast_shapes(tuple(loc), tuple(scale_diag))
         return shape[:-1], shape[-1:]
 
     def expand(self, batch_shape: Any, _instance: ProjectedNormal | None = None) -> ProjectedNormal:

@@ -15,7 +15,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
 from .distributions import VonMisesFisher
-from .ops.bessel import bessel_ratio, inverse_bessel_ratio, log_partition, log_partition_scaled
+from .ops.bessel import bessel_ratio, log_partition_scaled, matched_log_density
 
 __all__ = ["VonMisesFisherKernel", "moment_matched_log_ratio", "shared_latent_log_ratio"]
 
@@ -128,5 +128,4 @@ def moment_matched_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFis
     dim = posterior1.event_shape[0]
     length1 = bessel_ratio(dim, posterior1.concentration).unsqueeze(-1)
     length2 = bessel_ratio(dim, posterior2.concentration).unsqueeze(-2)
-    joint = inverse_bessel_ratio(dim, length1 * length2 * bessel_ratio(dim, concentration))
-    return joint * cosine - log_partition(dim, joint)
+    return matched_log_density(dim, length1 * length2 * bessel_ratio(dim, concentration), cosine)

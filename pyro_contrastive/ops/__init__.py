@@ -8,6 +8,7 @@ from .bessel import (
     log_iv,
     log_partition,
     log_partition_scaled,
+    matched_log_density,
 )
 from .gamma import digamma_increment, log_gamma_increment
 
@@ -21,4 +22,5 @@ __all__ = [
     "log_iv",
     "log_partition",
     "log_partition_scaled",
+    "matched_log_density",
 ]

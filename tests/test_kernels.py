@@ -89,7 +89,7 @@ def test_gradients_by_finite_differences(evidence):
     pair = torch.tensor(8.0, dtype=torch.float64, requires_grad=True)
 
     def value(raw, log_kappa, pair):
-        q = [VonMisesFisher(torch.nn.functional.normalize(r, dim=-1), k.exp()) for r, k in zip(raw, log_kappa)]
+        q = [VonMisesFisher(torch.nn.functional.normalize(r, dim=-1), k.exp()) for r, k in zip(raw, log_kappa, strict=True)]
         return shared_latent_log_ratio(*q) if evidence == "shared" else moment_matched_log_ratio(*q, pair)
 
     assert torch.autograd.gradcheck(

@@ -155,8 +155,7 @@ def log_partition(order: float, x: Tensor, scaled: bool) -> Tensor:
     radius = _radius(top, x)
     t = top / radius
     excess = (x / top) * (x / (top + radius))  # radius/top - 1
-    # radius - top - x = -top (x + top excess) / (radius + x)
-    value = -top * ((x + top * excess) / (radius + x)) if scaled else top * excess
+    value = -2 * top * (x / (radius + x + top)) if scaled else top * excess  # radius - top - x, or radius - top
     value = value - top * torch.log1p(excess / 2) - 0.5 * torch.log1p(excess)
     value = value - (x / radius) ** 2 / (1 + t) * _horner(quotient, t)  # (t - 1) Q(t)
     r = _start_ratio(top, x, 0)

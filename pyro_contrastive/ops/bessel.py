@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyro_contrastive.ops import _debye
+from pyro_contrastive.ops._once import once
 
 __all__ = [
     "bessel_ratio",
@@ -96,11 +97,11 @@ class _Ratios(_Function):
         return _debye.all_ratios(order, x, n_max, derivative=False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         order, n_max = ctx.static
-        return (grad * _debye.all_ratios(order, x, n_max, derivative=True)).sum(-1), None, None
+        slopes = _debye.all_ratios(order, x, n_max, derivative=True)
+        return once("bessel_ratios", (grad * slopes).sum(-1), x, grad), None, None
 
 
 def _invert(rho: Tensor, order: float) -> tuple[Tensor, Tensor]:
@@ -136,7 +137,7 @@ class _InverseRatio(_Function):
 
 
 class _MatchedLogDensity(torch.autograd.Function):
-    """kappa cos - g(kappa) at kappa = A^-1(rho). Since g' = A = rho, both derivatives are known without more Bessels."""
+    """kappa cos - g(kappa) at kappa = A^-1(rho). As g' = A = rho, its derivatives need few more Bessel functions."""
 
     @staticmethod
     def forward(ctx: Any, rho: Tensor, cosine: Tensor, order: float) -> Tensor:
@@ -146,12 +147,13 @@ class _MatchedLogDensity(torch.autograd.Function):
         return kappa * cosine - _debye.log_partition(order, kappa, False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         rho, cosine, kappa = ctx.saved_tensors
         slope = _debye.ratio(ctx.order, kappa, 1)[1]
         grad_rho = torch.where(slope > 0, grad * (cosine - rho) / slope, torch.zeros_like(grad))
-        return grad_rho, grad * kappa, None
+        inputs = (rho, cosine, grad)
+        name = "matched_log_density"
+        return once(name, grad_rho, *inputs), once(name, grad * kappa, *inputs), None
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_contrastive.ops._once import once
+
 __all__ = ["POWER_SPHERICAL", "VON_MISES_FISHER", "RadialFamily", "draw"]
 
 _RADIUS_CELLS, _KAPPA_CELLS = 192, 96
@@ -138,7 +140,8 @@ def _solve(family: RadialFamily, n: int, radius: np.ndarray, kappa: np.ndarray) 
     log_total = np.logaddexp(
         law.log_tail(kappa, middle, np.full_like(kappa, -1.0)), law.log_tail(kappa, middle, np.full_like(kappa, 1.0))
     )
-    x = base.copy()
+    # starting between the mode and the tail, Newton's method cannot overshoot the far side of the mode
+    x = np.where(outwards > 0, np.maximum(base, middle), np.minimum(base, middle))
     for _ in range(40):
         log_density = law.increment(k, middle + 0 * k, x - middle) - log_total
         tail = law.log_tail(k, x, outwards)
@@ -290,24 +293,25 @@ class _Draw(torch.autograd.Function):
     def forward(ctx: Any, mu: Tensor, kappa: Tensor, noise: Tensor, family: RadialFamily) -> Tensor:
         length, t = _project(noise, mu)
         along, across, *slopes = _place(t, mu, kappa, family, gradients=True)
-        ctx.save_for_backward(mu, t, length, along, across, *slopes)
+        ctx.save_for_backward(mu, kappa, t, length, along, across, *slopes)
         x = (t * across.unsqueeze(-1)).addcmul_(along.unsqueeze(-1), mu)
         return _renormalise(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        mu, t, length, along, across, along_s, across_s, along_kappa, across_kappa = ctx.saved_tensors
+        mu, kappa, t, length, along, across, along_s, across_s, along_kappa, across_kappa = ctx.saved_tensors
         grad_mu = grad_kappa = None
         on_mu, on_t = torch.linalg.vecdot(grad, mu), torch.linalg.vecdot(grad, t)
         if ctx.needs_input_grad[1]:
             grad_kappa = (on_mu * along_kappa + on_t * across_kappa).sum_to_size(mu.shape[:-1])
+            grad_kappa = once("a draw from a spherical law", grad_kappa, mu, kappa, grad)
         if ctx.needs_input_grad[0]:
             # dx = along dmu + across dt + (along_s mu + across_s t) ds with, for dmu tangent to the sphere at mu,
             # dt = -(t.dmu) mu - length dmu and ds = -2 length (t.dmu)
             weight_grad = along - length * across
             weight_t = -across * on_mu - 2 * length * (on_mu * along_s + on_t * across_s)
             grad_mu = (grad * weight_grad.unsqueeze(-1)).addcmul_(weight_t.unsqueeze(-1), t).sum_to_size(mu.shape)
+            grad_mu = once("a draw from a spherical law", grad_mu, mu, kappa, grad)
         return grad_mu, grad_kappa, None, None
 
 

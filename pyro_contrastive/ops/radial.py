@@ -17,7 +17,7 @@ gradients of the draws. No loop whose length depends on the data, no host sync.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -31,6 +31,7 @@ from pyro_contrastive.ops._once import once
 __all__ = ["POWER_SPHERICAL", "VON_MISES_FISHER", "RadialFamily", "draw"]
 
 _RADIUS_CELLS, _KAPPA_CELLS = 192, 96
+_CHUNK = 1 << 15  # draws evaluated at a time on a CPU: their 16 coefficients each then stay in the cache
 _TAIL = 1e-17  # probability outside the tabulated radii: below what a float64 normal generator can reach
 
 
@@ -211,10 +212,10 @@ def _table(family: RadialFamily, dim: int) -> _Table:
 
 
 @lru_cache(maxsize=256)
-def _coefficients(family: RadialFamily, dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+def _coefficients(family: RadialFamily, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     # a plain tensor, even when the first call happens under inference mode
     with torch.inference_mode(False):
-        return torch.as_tensor(_table(family, dim).coefficients, dtype=dtype, device=device).unbind(0)
+        return torch.as_tensor(_table(family, dim).coefficients.T.copy(), dtype=dtype, device=device)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -222,47 +223,55 @@ def _coefficients(family: RadialFamily, dim: int, dtype: torch.dtype, device: to
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _horner(c: list[Tensor], t: Tensor) -> Tensor:
+def _horner(c: Sequence[Tensor], t: Tensor) -> Tensor:
     return torch.addcmul(c[0], torch.addcmul(c[1], torch.addcmul(c[2], c[3], t), t), t)
 
 
-def _horner_slope(c: list[Tensor], t: Tensor) -> Tensor:
+def _horner_slope(c: Sequence[Tensor], t: Tensor) -> Tensor:
     return torch.addcmul(c[1], torch.addcmul(2 * c[2], c[3], t, value=3.0), t)
+
+
+def _bicubic(rows: Tensor, cell: Tensor, a: Tensor, b: Tensor, gradients: bool) -> tuple[Tensor, ...]:
+    """The piecewise polynomial at (a, b) in [0, 1]^2 of each cell, and its slopes; all arguments are flat."""
+    if cell.device.type == "cpu" and cell.numel() > _CHUNK:
+        parts = zip(*(t.split(_CHUNK) for t in (cell, a, b)), strict=True)
+        return tuple(map(torch.cat, zip(*(_bicubic(rows, *part, gradients) for part in parts), strict=True)))
+    c = torch.nn.functional.embedding(cell, rows).unbind(-1)
+    inner = [_horner(c[4 * k : 4 * k + 4], b) for k in range(4)]
+    value = _horner(inner, a)
+    if not gradients:
+        return (value,)
+    return value, _horner_slope(inner, a), _horner([_horner_slope(c[4 * k : 4 * k + 4], b) for k in range(4)], a)
 
 
 def _evaluate(s: Tensor, kappa: Tensor, dim: int, family: RadialFamily, gradients: bool) -> tuple[Tensor, ...]:
     """c, and with `gradients` also dc/ds and dc/dkappa."""
     table, n = _table(family, dim), dim - 1
-    coefficients = _coefficients(family, dim, s.dtype, s.device)
     radius = s.sqrt()
     share = table.kappa_scale / (table.kappa_scale + kappa)
     row = ((radius - table.radius_min) / table.radius_step).clamp(0.0, _RADIUS_CELLS)
     column = (share * _KAPPA_CELLS).clamp(0.0, _KAPPA_CELLS)
-    # long() of a NaN is undefined: clamp the index too, so that a NaN comes out as NaN instead of a bad memory access
-    i = row.long().clamp(0, _RADIUS_CELLS - 1)
-    j = column.long().clamp(0, _KAPPA_CELLS - 1)
-    a, b = row - i, column - j
-    cell = i * _KAPPA_CELLS + j
-    shape = cell.shape
-    cell = cell.reshape(-1)
-    local = [c.index_select(0, cell).view(shape) for c in coefficients]
-    inner = [_horner(local[4 * k : 4 * k + 4], b) for k in range(4)]
+    i = row.floor().clamp_(0.0, _RADIUS_CELLS - 1.0)
+    j = column.floor().clamp_(0.0, _KAPPA_CELLS - 1.0)
+    # a NaN has no cell: any valid one will do, and the NaN itself comes out through row - i or column - j
+    cell = torch.nan_to_num(i * _KAPPA_CELLS + j).int()
+    flat = [t.expand(cell.shape).reshape(-1) for t in (cell, row - i, column - j)]
+    rows = _coefficients(family, dim, s.dtype, s.device)
+    log_share, *slopes = (t.view(cell.shape) for t in _bicubic(rows, *flat, gradients))
     denominator = family.rate * kappa + 2 * n
-    value = torch.exp(0.5 * _horner(inner, a)) * denominator.rsqrt()
+    value = torch.exp(0.5 * log_share) * denominator.rsqrt()
     if not gradients:
         return (value,)
-    d_radius = _horner_slope(inner, a) / table.radius_step
-    d_share = _horner([_horner_slope(local[4 * k : 4 * k + 4], b) for k in range(4)], a) * _KAPPA_CELLS
+    d_radius, d_share = slopes[0] / table.radius_step, slopes[1] * _KAPPA_CELLS
     tiny = torch.finfo(s.dtype).tiny
     d_s = 0.25 * value * d_radius / radius.clamp_min(tiny)  # dR/ds = dR/dr / (2 r)
     d_kappa = -0.5 * value * (d_share * share * share / table.kappa_scale + family.rate / denominator)
     return value, d_s, d_kappa
 
 
-def _place(t: Tensor, mu: Tensor, kappa: Tensor, family: RadialFamily, gradients: bool) -> tuple[Tensor, ...]:
-    """Coefficients of x = along * mu + across * t for a tangent vector t, and their slopes in s = |t|^2 and kappa."""
-    s = torch.linalg.vector_norm(t, dim=-1).square()
-    c, *slopes = _evaluate(s, kappa, mu.shape[-1], family, gradients)
+def _place(s: Tensor, kappa: Tensor, dim: int, family: RadialFamily, gradients: bool) -> tuple[Tensor, ...]:
+    """Coefficients of x = along * mu + across * t for tangent vectors t with |t|^2 = s, and their slopes."""
+    c, *slopes = _evaluate(s, kappa, dim, family, gradients)
     tau = c * c * s
     scale = (1 + tau).reciprocal()
     along, across = (1 - tau) * scale, 2 * c * scale
@@ -276,14 +285,17 @@ def _place(t: Tensor, mu: Tensor, kappa: Tensor, family: RadialFamily, gradients
     return along, across, along_s, across_s, along_kappa, across_kappa
 
 
-def _project(noise: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
-    """Component of the noise along mu, and the tangent part (in place of the noise)."""
+def _project(noise: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Component of the noise along mu, the tangent part (in place of the noise), and its squared length."""
     length = torch.linalg.vecdot(noise, mu)
-    return length, noise.addcmul_(length.unsqueeze(-1), mu, value=-1.0)
+    t = noise.addcmul_(length.unsqueeze(-1), mu, value=-1.0)
+    return length, t, torch.linalg.vector_norm(t, dim=-1).square_()
 
 
-def _renormalise(x: Tensor) -> Tensor:
-    return x.mul_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).reciprocal_())  # |x| = 1 up to rounding
+def _combine(x: Tensor, t: Tensor, mu: Tensor, along: Tensor, across: Tensor) -> Tensor:
+    """x <- along mu + across t, of unit norm up to rounding, and then exactly."""
+    torch.mul(t, across.unsqueeze(-1), out=x).addcmul_(along.unsqueeze(-1), mu)
+    return x.mul_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).reciprocal_())
 
 
 class _Draw(torch.autograd.Function):
@@ -291,11 +303,10 @@ class _Draw(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mu: Tensor, kappa: Tensor, noise: Tensor, family: RadialFamily) -> Tensor:
-        length, t = _project(noise, mu)
-        along, across, *slopes = _place(t, mu, kappa, family, gradients=True)
+        length, t, s = _project(noise, mu)
+        along, across, *slopes = _place(s, kappa, mu.shape[-1], family, gradients=True)
         ctx.save_for_backward(mu, kappa, t, length, along, across, *slopes)
-        x = (t * across.unsqueeze(-1)).addcmul_(along.unsqueeze(-1), mu)
-        return _renormalise(x)
+        return _combine(torch.empty_like(t), t, mu, along, across)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -329,6 +340,7 @@ def draw(family: RadialFamily, mean_direction: Tensor, concentration: Tensor, no
     """
     if torch.is_grad_enabled() and (mean_direction.requires_grad or concentration.requires_grad):
         return _Draw.apply(mean_direction, concentration, noise, family)
-    _, t = _project(noise, mean_direction)
-    along, across = _place(t, mean_direction, concentration, family, gradients=False)
-    return _renormalise(t.mul_(across.unsqueeze(-1)).addcmul_(along.unsqueeze(-1), mean_direction))
+    mu = mean_direction
+    _, t, s = _project(noise, mu)
+    along, across = _place(s, concentration, mu.shape[-1], family, gradients=False)
+    return _combine(t, t, mu, along, across)

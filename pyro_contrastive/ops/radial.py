@@ -231,11 +231,11 @@ def _horner_slope(c: Sequence[Tensor], t: Tensor) -> Tensor:
     return torch.addcmul(c[1], torch.addcmul(2 * c[2], c[3], t, value=3.0), t)
 
 
-def _bicubic(rows: Tensor, cell: Tensor, a: Tensor, b: Tensor, gradients: bool) -> tuple[Tensor, ...]:
+def _bicubic(rows: Tensor, gradients: bool, cell: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     """The piecewise polynomial at (a, b) in [0, 1]^2 of each cell, and its slopes; all arguments are flat."""
     if cell.device.type == "cpu" and cell.numel() > _CHUNK:
         parts = zip(*(t.split(_CHUNK) for t in (cell, a, b)), strict=True)
-        return tuple(map(torch.cat, zip(*(_bicubic(rows, *part, gradients) for part in parts), strict=True)))
+        return tuple(map(torch.cat, zip(*(_bicubic(rows, gradients, *part) for part in parts), strict=True)))
     c = torch.nn.functional.embedding(cell, rows).unbind(-1)
     inner = [_horner(c[4 * k : 4 * k + 4], b) for k in range(4)]
     value = _horner(inner, a)
@@ -257,7 +257,7 @@ def _evaluate(s: Tensor, kappa: Tensor, dim: int, family: RadialFamily, gradient
     cell = torch.nan_to_num(i * _KAPPA_CELLS + j).int()
     flat = [t.expand(cell.shape).reshape(-1) for t in (cell, row - i, column - j)]
     rows = _coefficients(family, dim, s.dtype, s.device)
-    log_share, *slopes = (t.view(cell.shape) for t in _bicubic(rows, *flat, gradients))
+    log_share, *slopes = (t.view(cell.shape) for t in _bicubic(rows, gradients, *flat))
     denominator = family.rate * kappa + 2 * n
     value = torch.exp(0.5 * log_share) * denominator.rsqrt()
     if not gradients:

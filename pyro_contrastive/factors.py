@@ -40,18 +40,17 @@ def _emit(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def _check_square(name: str, log_ratios: Tensor) -> int:
+def _check_square(what: str, log_ratios: Tensor) -> None:
     if log_ratios.dim() < 2 or log_ratios.shape[-1] != log_ratios.shape[-2]:
         raise ValueError(
-            f"factor {name!r} needs the grid (..., N, N) of all pairs of the batch, positives on the diagonal, "
+            f"{what} needs the grid (..., N, N) of all pairs of the batch, positives on the diagonal, "
             f"got {tuple(log_ratios.shape)}"
         )
     if log_ratios.shape[-1] < 2:
         raise ValueError(
-            f"factor {name!r} compares items of a batch and needs at least 2, got {log_ratios.shape[-1]}; "
+            f"{what} compares items of a batch and needs at least 2, got {log_ratios.shape[-1]}; "
             "use a larger batch (drop_last=True in a DataLoader)"
         )
-    return log_ratios.shape[-1]
 
 
 def infonce_log_ratio(log_f: Tensor, *, symmetric: bool = False) -> Tensor:
@@ -63,7 +62,11 @@ def infonce_log_ratio(log_f: Tensor, *, symmetric: bool = False) -> Tensor:
 
     Returns:
         ``(..., N)`` in nats, at most log N.
+
+    Raises:
+        ValueError: if the grid is not square or has fewer than two items.
     """
+    _check_square("the InfoNCE likelihood", log_f)
     size = log_f.shape[-1]
     positive = log_f.diagonal(dim1=-2, dim2=-1)
     rows = log_f.logsumexp(-1)
@@ -86,7 +89,7 @@ def log_ratio_factor(name: str, log_ratios: Tensor, *, symmetric: bool = False) 
     Raises:
         ValueError: if the grid is not square, has fewer than two items, or does not fit the enclosing plate.
     """
-    _check_square(name, log_ratios)
+    _check_square(f"factor {name!r}", log_ratios)
     return _emit(name, infonce_log_ratio(log_ratios, symmetric=symmetric))
 
 

@@ -93,9 +93,7 @@ scalar parameters of the model by name |
     """
     for name, program in (("model", model), ("guide", guide)):
         if not callable(program):
-            raise TypeError(
-                f"`{name}` must be callable as {name}(*views), got {type(program).__name__}"
-            )
+            raise TypeError(f"`{name}` must be callable as {name}(*views), got {type(program).__name__}")
     views = _checked_views(views, num_samples, view_names)
     info: dict[str, str | int | float] = {
         "inference_library": "pyro",

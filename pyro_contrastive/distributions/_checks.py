@@ -22,7 +22,7 @@ def check_vectors(name: str, value: Tensor) -> int:
     """Return the dimension d of a ``(..., d)`` tensor, or raise ValueError."""
     if value.dim() < 1 or value.shape[-1] < 2:
         raise ValueError(f"`{name}` must have shape (..., d) with d >= 2, a point of R^d, got {tuple(value.shape)}")
-    return int(value.shape[-1])  # an int under torch.jit.trace too
+    return value.shape[-1]
 
 
 def check_same(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from pyro_contrastive.modules import Module
 from pyro_contrastive.nets import feature_size
@@ -157,15 +157,16 @@ class RecognitionGuide(Module):
             views: tensors with one leading dimension N, paired by rows.
 
         Raises:
-            ValueError: without views, for empty ones, for views of different lengths, or with a lazy encoder that has not
-                seen an input.
+            ValueError: without views, for empty ones or ones of different lengths, for a lazy encoder without an input.
         """
         sizes = {len(x) for x in views}
         if len(sizes) != 1:
             raise ValueError(f"views must share one leading dimension N, got {[tuple(x.shape) for x in views]}")
         if sizes == {0}:
             raise ValueError("views must hold at least one item, got none")
-        if any(m.has_uninitialized_params() for m in self.encoder.modules() if isinstance(m, LazyModuleMixin)):
+        encoder = self._modules["encoder"]  # the attribute would make Pyro register its parameters
+        assert encoder is not None
+        if any(is_lazy(parameter) for parameter in encoder.parameters()):
             raise ValueError(
                 "the encoder has lazy parameters that no input has shaped yet, which Pyro cannot register; "
                 "call guide.posterior(x) once before training"

@@ -8,10 +8,11 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.nn import PyroModule
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from pyro_contrastive.modules import Module
 from pyro_contrastive.nets import feature_size
 
 __all__ = ["RecognitionGuide"]
@@ -48,7 +49,8 @@ class _Pass:
             tuple(m.training for m in module.modules()),
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled(),
+            torch.is_autocast_enabled("cuda"),
+            torch.is_autocast_enabled("cpu"),
         )
 
     def begin(self, module: nn.Module) -> None:
@@ -80,7 +82,7 @@ class _Pass:
         return None
 
 
-class RecognitionGuide(PyroModule):
+class RecognitionGuide(Module):
     """Amortised recognition law R(z | x): an encoder, heads, and the Pyro guide that samples one latent per view.
 
     Subclasses build their heads in ``__init__`` and implement :meth:`_posterior`.
@@ -91,7 +93,8 @@ class RecognitionGuide(PyroModule):
         features: width of the encoder's output; read off its last layer when omitted.
 
     Raises:
-        ValueError: for ``dim`` < 2, or a width that cannot be read off.
+        TypeError: for an encoder that is not a module.
+        ValueError: for ``dim`` < 2, or a width that cannot be read off or is < 1.
     """
 
     def __init__(self, encoder: nn.Module, dim: int, *, features: int | None = None) -> None:
@@ -102,7 +105,11 @@ class RecognitionGuide(PyroModule):
             raise ValueError(f"`dim` must be an integer >= 2 (the sphere S^(dim-1) of R^dim), got {dim!r}")
         self.encoder = encoder
         self.dim = dim
-        self.features = feature_size(encoder) if features is None else int(features)
+        if features is None:
+            features = feature_size(encoder)
+        elif not isinstance(features, int) or features < 1:
+            raise ValueError(f"`features` must be an integer >= 1, the width of the encoder's output, got {features!r}")
+        self.features = features
         self._pass = _Pass()
 
     def _posterior(self, features: Tensor) -> TorchDistribution:
@@ -112,12 +119,19 @@ class RecognitionGuide(PyroModule):
     def _encode(self, x: Tensor) -> Tensor:
         features = self.encoder(x)
         if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[-1] != self.features:
-            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(
-                f"the encoder must return a tensor of shape (N, {self.features}), got {got}; "
-                "end it with nn.Flatten(), or pass its width to the guide as features=..."
-            )
+            if not isinstance(features, Tensor):
+                got, way_out = type(features).__name__, "wrap it in a module that returns the features only"
+            elif features.dim() == 2:
+                got, way_out = str(tuple(features.shape)), f"pass features={features.shape[-1]} to the guide"
+            else:
+                got, way_out = str(tuple(features.shape)), "pool or flatten all but the leading axis at its end"
+            raise ValueError(f"the encoder must return a tensor of shape (N, {self.features}), got {got}; {way_out}")
         return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+
+    def _recognise(self, features: Tensor) -> TorchDistribution:
+        """The recognition law, its heads in full precision: only the encoder runs under ``torch.autocast``."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self._posterior(features)
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         """Posterior over the latent of every input.
@@ -136,7 +150,7 @@ class RecognitionGuide(PyroModule):
             found = self._pass.find(x, self)
             if found is not None:
                 return found
-        return self._posterior(self._encode(x))
+        return self._recognise(self._encode(x))
 
     def forward(self, *views: Tensor) -> None:
         """The Pyro guide: sites "z1", "z2", ... , one per view, in the plate "pairs".
@@ -145,16 +159,25 @@ class RecognitionGuide(PyroModule):
             views: tensors with one leading dimension N, paired by rows.
 
         Raises:
-            ValueError: without views, or for views of different lengths.
+            ValueError: without views, for empty ones or ones of different lengths, for a lazy encoder without an input.
         """
         sizes = {len(x) for x in views}
         if len(sizes) != 1:
             raise ValueError(f"views must share one leading dimension N, got {[tuple(x.shape) for x in views]}")
+        if sizes == {0}:
+            raise ValueError("views must hold at least one item, got none")
+        encoder = self._modules["encoder"]  # the attribute would make Pyro register its parameters
+        assert encoder is not None
+        if any(is_lazy(parameter) for parameter in encoder.parameters()):
+            raise ValueError(
+                "the encoder has lazy parameters that no input has shaped yet, which Pyro cannot register; "
+                "call guide.posterior(x) once before training"
+            )
         self._pass.begin(self)
         posteriors = []
         for x in views:
             features = self._encode(x)
-            posteriors.append(self._posterior(features))
+            posteriors.append(self._recognise(features))
             self._pass.store(x, posteriors[-1], features)
         with pyro.plate("pairs", sizes.pop(), dim=-1):
             for j, posterior in enumerate(posteriors, start=1):

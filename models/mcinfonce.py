@@ -7,18 +7,18 @@ from typing import Any, Literal, get_args
 
 import pyro
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor
 
-from pyro_contrastive.factors import infonce_factor, infonce_log_ratio, log_ratio_factor
+from pyro_contrastive.factors import check_recognition, infonce_factor, infonce_log_ratio, log_ratio_factor
 from pyro_contrastive.kernels import VonMisesFisherKernel, moment_matched_log_ratio, shared_latent_log_ratio
+from pyro_contrastive.modules import Module
 
 __all__ = ["MCInfoNCE"]
 
 Evidence = Literal["exact", "moment_matched", "k_sample", "elbo"]
 
 
-class MCInfoNCE(PyroModule):
+class MCInfoNCE(Module):
     r"""InfoNCE whose latents are integrated over the posteriors of both views.
 
     Generative story: latents of a positive pair are :math:`z' \sim vMF(z, \kappa_{pos})` on the sphere, z uniform, and
@@ -58,6 +58,7 @@ class MCInfoNCE(PyroModule):
         symmetric: average the likelihoods of view 2 given view 1 and of view 1 given view 2.
 
     Raises:
+        TypeError: for a guide without ``posterior(x)``.
         ValueError: for an unknown evidence or one that does not go with the concentration.
 
     References:
@@ -84,6 +85,7 @@ class MCInfoNCE(PyroModule):
         symmetric: bool = True,
     ) -> None:
         super().__init__()
+        check_recognition("guide", guide)
         shared = math.isinf(concentration) and concentration > 0
         if evidence is None:
             evidence = "exact" if shared else "moment_matched"
@@ -100,8 +102,8 @@ class MCInfoNCE(PyroModule):
                 "evidence 'exact' is closed for concentration=math.inf (views that share one latent), got "
                 f"{concentration!r}; use evidence='moment_matched' or 'k_sample' for a finite pair concentration"
             )
-        if num_samples < 1:
-            raise ValueError(f"`num_samples` must be >= 1, got {num_samples!r}")
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"`num_samples` must be an integer >= 1, got {num_samples!r}")
         self.guide = guide
         self.kernel: Any = None if shared else VonMisesFisherKernel(concentration, learn=learn_concentration)
         self.evidence = evidence

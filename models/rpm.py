@@ -8,17 +8,18 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import constraints
-from pyro.nn import PyroModule, PyroParam
+from pyro.nn import PyroParam
 from torch import Tensor
 
 from pyro_contrastive import distributions as dist
-from pyro_contrastive.factors import recognition_factor
+from pyro_contrastive.factors import check_recognition, recognition_factor
 from pyro_contrastive.kernels import VonMisesFisherKernel
+from pyro_contrastive.modules import Module
 
 __all__ = ["RPM"]
 
 
-class RPM(PyroModule):
+class RPM(Module):
     r"""Two views, one latent each, and a prior that says how the latents relate.
 
     .. math::  z_1 \sim U(S^{d-1}), \quad z_2 \sim vMF(z_1, \kappa), \quad
@@ -39,6 +40,7 @@ class RPM(PyroModule):
         learn_concentration: make it a parameter (default).
 
     Raises:
+        TypeError: for a guide without ``posterior(x)``.
         ValueError: if the concentration is not positive and finite.
 
     References:
@@ -58,6 +60,7 @@ class RPM(PyroModule):
 
     def __init__(self, guide: Any, *, concentration: float = 10.0, learn_concentration: bool = True) -> None:
         super().__init__()
+        check_recognition("guide", guide)
         self.guide = guide
         value = VonMisesFisherKernel(concentration).concentration  # checks it
         if learn_concentration:

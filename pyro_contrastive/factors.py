@@ -15,8 +15,9 @@ import pyro
 from pyro.distributions import Delta
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
+from torch.distributions import Distribution
 
-__all__ = ["infonce_factor", "infonce_log_ratio", "log_ratio_factor", "recognition_factor"]
+__all__ = ["check_recognition", "infonce_factor", "infonce_log_ratio", "log_ratio_factor", "recognition_factor"]
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
@@ -120,6 +121,24 @@ def infonce_factor(name: str, z1: Tensor, z2: Tensor, kernel: Kernel, *, symmetr
     return log_ratio_factor(name, kernel(z1, z2), symmetric=symmetric)
 
 
+def check_recognition(name: str, guide: Any) -> None:
+    """Raise TypeError unless `guide` is a recognition module.
+
+    Args:
+        name: of the argument, for the message.
+        guide: an object with ``posterior(x)``.
+
+    Raises:
+        TypeError: for anything else, a class included.
+    """
+    if isinstance(guide, type) or not callable(getattr(guide, "posterior", None)):
+        got = f"the class {guide.__name__}" if isinstance(guide, type) else type(guide).__name__
+        raise TypeError(
+            f"`{name}` must be a recognition module with a method posterior(x), got {got}; "
+            "build one, e.g. guides.VonMisesFisher(encoder, dim)"
+        )
+
+
 def recognition_factor(name: str, z: Tensor, posterior: Any) -> Tensor:
     r"""Likelihood of the views in a recognition-parametrised model: :math:`R(z_i|x_i) \big/ \frac1N \sum_j R(z_i|x_j)`.
 
@@ -135,6 +154,7 @@ def recognition_factor(name: str, z: Tensor, posterior: Any) -> Tensor:
         The emitted value, ``(..., N)`` in nats.
 
     Raises:
+        TypeError: if `posterior` is not a distribution.
         ValueError: for a batch of one, shapes that do not match, or a deterministic (Delta) recognition law, which has
             no density.
 
@@ -145,6 +165,10 @@ def recognition_factor(name: str, z: Tensor, posterior: Any) -> Tensor:
         raise ValueError(
             f"factor {name!r} needs a recognition law with a density, got Delta; use a stochastic guide "
             "(guides.VonMisesFisher, ...) or, for deterministic embeddings, infonce_factor"
+        )
+    if not isinstance(posterior, Distribution):
+        raise TypeError(
+            f"factor {name!r} needs a recognition law, got {type(posterior).__name__}; pass guide.posterior(x)"
         )
     batch = posterior.batch_shape
     if len(batch) != 1 or z.dim() < 2 or z.shape[-2] != batch[0]:

@@ -19,11 +19,11 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_contrastive._fit_state import FactorRecorder, FitState
 from pyro_contrastive.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from pyro_contrastive.modules import keep_parameters_local
 from pyro_contrastive.ops.random import get_random_state, seed_generators, seeded, set_random_state
 
 __all__ = ["FitResult", "fit", "pick_device"]
@@ -182,7 +182,7 @@ def fit(
 
     modules = {name: part for name, part in (("model", model), ("guide", guide)) if isinstance(part, nn.Module)}
     for part in modules.values():
-        _keep_parameters_local(part.to(target))
+        keep_parameters_local(part.to(target))
     objective = elbo(model, guide)
 
     with pyro.settings.context(module_local_params=True), seeded(seed, target):
@@ -299,16 +299,6 @@ def _views(batch: Any, num_views: int | None, device: torch.device) -> list[Any]
             raise ValueError(f"a batch must have at least num_views={num_views} entries, got {len(entries)}")
         entries = entries[:num_views]
     return [entry.to(device, non_blocking=True) if isinstance(entry, Tensor) else entry for entry in entries]
-
-
-def _keep_parameters_local(module: nn.Module) -> None:
-    """Let modules that were built under Pyro's default run in the local mode.
-
-    Pyro creates the store of a module's context in its constructor, and only when the local mode is on just then.
-    """
-    for part in module.modules():
-        if isinstance(part, PyroModule) and not hasattr(part._pyro_context, "param_state"):
-            part._pyro_context.param_state = {"params": {}, "constraints": {}}
 
 
 def _peek(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:

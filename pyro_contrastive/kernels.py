@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import torch
 from pyro.distributions import constraints
-from pyro.nn import PyroModule, PyroParam
+from pyro.nn import PyroParam
 from torch import Tensor
 
 from .distributions import VonMisesFisher
+from .modules import Module
 from .ops.bessel import bessel_ratio, log_partition_scaled, matched_log_density
+from .ops.precision import matmul
 
 __all__ = ["VonMisesFisherKernel", "moment_matched_log_ratio", "shared_latent_log_ratio"]
 
@@ -23,7 +25,7 @@ __all__ = ["VonMisesFisherKernel", "moment_matched_log_ratio", "shared_latent_lo
 _TINY = 1e-10  # added to a squared concentration: shifts a log ratio by at most 1e-10 / (2 d) nats
 
 
-class VonMisesFisherKernel(PyroModule):
+class VonMisesFisherKernel(Module):
     r"""The von Mises-Fisher kernel, :math:`\log f(z, z') = \kappa\, z \cdot z'`.
 
     Its concentration is the inverse of the "temperature" of contrastive losses.
@@ -53,7 +55,7 @@ class VonMisesFisherKernel(PyroModule):
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         """Return log f on the grid of all pairs."""
-        return self.concentration * (z1 @ z2.mT)
+        return self.concentration * matmul(z1, z2.mT)
 
 
 def _cosines(posterior1: VonMisesFisher, posterior2: VonMisesFisher) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +66,7 @@ def _cosines(posterior1: VonMisesFisher, posterior2: VonMisesFisher) -> tuple[Te
                 "closed-form evidences need VonMisesFisher posteriors, got "
                 f"{type(q).__name__}; use guides.VonMisesFisher, or evidence='k_sample' with any guide"
             )
-    cosine = posterior1.mean_direction @ posterior2.mean_direction.mT
+    cosine = matmul(posterior1.mean_direction, posterior2.mean_direction.mT)
     return cosine, posterior1.concentration.unsqueeze(-1), posterior2.concentration.unsqueeze(-2)
 
 

@@ -49,13 +49,14 @@ def feature_size(encoder: nn.Module) -> int:
         encoder: a module ``x -> (N, features)``.
 
     Returns:
-        ``out_features``, ``num_features`` or ``out_channels`` of the last linear, normalisation or convolution layer.
+        ``out_features``, ``num_features``, ``out_channels`` or ``embedding_dim`` of the last linear, normalisation,
+        convolution or embedding layer.
 
     Raises:
         ValueError: if there is no such layer; pass ``features=`` to the guide then.
     """
     for module in reversed(list(encoder.modules())):
-        for name in ("out_features", "num_features", "out_channels"):
+        for name in ("out_features", "num_features", "out_channels", "embedding_dim"):
             size = getattr(module, name, None)
             if isinstance(size, int) and size > 0:
                 return size

@@ -183,10 +183,6 @@ class RunConfig:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from error
 
 
-def _observed_dim(dim: int) -> int:
-    return max(32, 2 * dim)
-
-
 class Run:
     """A model/guide pair with its data, built from a configuration; the same one gives the same weights.
 
@@ -202,7 +198,7 @@ class Run:
         assert config.dim is not None and config.concentration is not None
         with seeded(config.seed):
             digits = config.data == "digits"
-            encoder = nets.mlp([64 if digits else _observed_dim(config.dim), 128, 128], batch_norm=digits)
+            encoder = nets.mlp([64 if digits else self.world().observed_dim, 128, 128], batch_norm=digits)
             self.guide = GUIDES[config.guide][0](encoder, config.dim)
             if config.method == "rpm":
                 self.model: nn.Module = models.RPM(self.guide, concentration=config.concentration)
@@ -214,7 +210,7 @@ class Run:
         config = self.config
         assert config.dim is not None and config.concentration is not None
         pair_concentration = config.concentration if config.method == "mcinfonce" else 20.0
-        return SphereWorld(config.dim, pair_concentration=pair_concentration, observed_dim=_observed_dim(config.dim))
+        return SphereWorld(config.dim, pair_concentration=pair_concentration)
 
     def batches(self, device: torch.device) -> Iterable[tuple[torch.Tensor, ...]]:
         """Give the training views.

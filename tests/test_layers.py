@@ -20,6 +20,7 @@ PACKAGE = "pyro_contrastive"
 # __init__ is above all of them.
 LAYERS = {
     "ops": 0,
+    "modules": 0,
     "distributions": 1,
     "kernels": 2,
     "factors": 3,

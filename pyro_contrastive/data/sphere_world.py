@@ -62,7 +62,8 @@ class SphereWorld(nn.Module):
             for all), ``math.inf`` (injective views: ``m_i = z_i``, nothing is ambiguous), or any Pyro distribution over
             positive numbers with empty batch and event shape.
         pair_concentration: ``kappa_pair > 0``; ``math.inf``: the views share one latent, ``z2 = z1``.
-        observed_dim: Dimension of the views, ``>= dim + 1`` (less could not be injective).
+        observed_dim: Dimension of the views, ``>= dim + 1`` (less could not be injective). None: the larger of 32 and
+            ``2 * dim``.
         seed: Seed of the network, ``>= 0``. Another seed is another world.
 
     Raises:
@@ -90,12 +91,13 @@ class SphereWorld(nn.Module):
         concentration: float | tuple[float, float] | pyro_dist.TorchDistribution = (16.0, 64.0),
         pair_concentration: float = 20.0,
         *,
-        observed_dim: int = 32,
+        observed_dim: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if dim < 2:
             raise ValueError(f"`dim` must be >= 2, got {dim!r}")
+        observed_dim = max(32, 2 * dim) if observed_dim is None else observed_dim
         if observed_dim < dim + 1:
             raise ValueError(
                 f"`observed_dim` must be >= dim + 1 = {dim + 1}, or the views could not tell the latents apart, "

@@ -87,10 +87,13 @@ scalar parameters of the model by name |
         `.to_netcdf(path)`.
 
     Raises:
-        TypeError: If `views` is not a sequence of tensors.
+        TypeError: If `views` is not a sequence of tensors, or the model or guide is not callable.
         ValueError: If `num_samples` < 1, if the views differ in length, if the guide has no latent site, or if names
             in `view_names` and `views` do not match.
     """
+    for name, program in (("model", model), ("guide", guide)):
+        if not callable(program):
+            raise TypeError(f"`{name}` must be callable as {name}(*views), got {type(program).__name__}")
     views = _checked_views(views, num_samples, view_names)
     info: dict[str, str | int | float] = {
         "inference_library": "pyro",

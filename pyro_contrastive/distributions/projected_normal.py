@@ -9,6 +9,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
+from pyro_contrastive.ops.precision import matmul
 from pyro_contrastive.ops.projected import log_radial_integral
 
 from ._checks import check_float, check_on_sphere, check_same, check_unit, check_vectors
@@ -186,8 +187,8 @@ class ProjectedNormal(TorchDistribution):
         check_on_sphere("value", value, self.event_shape[0])
         dim = self.event_shape[0]
         whitening, location = self._whitening(), self.loc / self.scale_diag
-        length = (value.square() @ whitening.square().mT).sqrt()
-        a = value @ (location * whitening).mT / length
+        length = matmul(value.square(), whitening.square().mT).sqrt()
+        a = matmul(value, (location * whitening).mT) / length
         quadratic = location.square().sum(-1).unsqueeze(-2) - a.clamp_min(0.0).square()
         gaussian = whitening.log().sum(-1).unsqueeze(-2) - 0.5 * dim * math.log(2 * math.pi) - 0.5 * quadratic
         return gaussian - dim * length.log() + log_radial_integral(dim, a)

@@ -8,6 +8,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
+from pyro_contrastive.ops.precision import matmul
 from pyro_contrastive.ops.radial import RadialFamily, draw
 
 from ._checks import Shape, check_concentration, check_float, check_on_sphere, check_same, check_unit, check_vectors
@@ -136,7 +137,7 @@ class RotationallySymmetric(TorchDistribution):
             ``(..., N, M)`` for a batch of shape ``(..., M)``: entry (i, j) scores value i under member j.
         """
         check_on_sphere("value", value, self.dim)
-        versine = 1 - value @ self.mean_direction.mT
+        versine = 1 - matmul(value, self.mean_direction.mT)
         kappa = self.concentration.unsqueeze(-2)
         return self._log_kernel(versine, kappa) - self._log_normalizer().unsqueeze(-2)
 

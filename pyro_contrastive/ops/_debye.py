@@ -128,7 +128,7 @@ def ratio(order: float, x: Tensor, derivatives: int) -> list[Tensor]:
     for j in reversed(range(steps)):
         r = _ratio_down(order + j, x, r)
     at_infinity = torch.isinf(x)
-    return [r[0].masked_fill(at_infinity, 1.0), *(d.masked_fill(at_infinity, 0.0) for d in r[1:])]
+    return [r[0].clamp_max(1.0).masked_fill(at_infinity, 1.0), *(d.masked_fill(at_infinity, 0.0) for d in r[1:])]
 
 
 def ratio_complement(order: float, x: Tensor) -> Tensor:

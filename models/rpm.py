@@ -44,7 +44,7 @@ class RPM(Module):
         ValueError: if the concentration is not positive and finite.
 
     References:
-        Aitchison and Ganev, arXiv 2107.02495, section 4; Walker, Soulat, Yu and Sahani, arXiv 2209.05661.
+        Aitchison and Ganev, arXiv 2107.02495; Walker, Soulat, Yu and Sahani, arXiv 2209.05661.
 
     Example:
         >>> from torch import nn

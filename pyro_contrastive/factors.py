@@ -98,7 +98,7 @@ def infonce_factor(name: str, z1: Tensor, z2: Tensor, kernel: Kernel, *, symmetr
     r"""InfoNCE likelihood of sampled latents: :math:`f(z_i, z'_i) \big/ \frac1N \sum_j f(z_i, z'_j)`.
 
     This is the recognition-parametrised model with the prior P(z) = R(z), P(z'|z) proportional to R(z') f(z, z'):
-    all recognition densities cancel (Aitchison and Ganev 2021, arXiv 2107.02495, section 4).
+    all recognition densities cancel (Aitchison and Ganev 2021, arXiv 2107.02495).
 
     Args:
         name: of the factor site.
@@ -159,7 +159,7 @@ def recognition_factor(name: str, z: Tensor, posterior: Any) -> Tensor:
             no density.
 
     References:
-        Aitchison and Ganev 2021 (arXiv 2107.02495); Walker et al. 2022 (arXiv 2209.05661), eq. for F_j(Z).
+        Aitchison and Ganev 2021 (arXiv 2107.02495); Walker et al. 2022 (arXiv 2209.05661; their F_j(Z) is the aggregate).
     """
     if isinstance(posterior, Delta):
         raise ValueError(

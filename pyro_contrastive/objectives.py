@@ -37,7 +37,7 @@ class KSampleELBO(ELBO):
         NotImplementedError: for a latent without a reparametrised sampler.
 
     References:
-        Burda, Grosse and Salakhutdinov 2016 (arXiv 1509.00519); Kirchhof et al. 2023 (arXiv 2302.02865), eq. 6.
+        Burda, Grosse and Salakhutdinov 2016 (arXiv 1509.00519); Kirchhof et al. 2023 (arXiv 2302.02865).
     """
 
     def __init__(

@@ -47,7 +47,7 @@ def cap_probability(
     For the von Mises-Fisher family the angle has density :math:`\propto \sin^{d-2}\theta\, e^{\kappa\cos\theta}`
     (Mardia & Jupp 2000, eq. 9.3.16), integrated by Gauss-Legendre quadrature on both sides of `angle`, so that neither
     tail is lost to cancellation. For the power spherical family :math:`(1+\cos\theta)/2` is
-    Beta((d-1)/2 + kappa, (d-1)/2) (De Cao & Aziz 2020, arXiv 2006.04437, eq. 10), an incomplete beta function.
+    Beta((d-1)/2 + kappa, (d-1)/2) (De Cao & Aziz 2020, arXiv 2006.04437), an incomplete beta function.
 
     Args:
         angle: Radii in radians, in [0, pi], any shape.

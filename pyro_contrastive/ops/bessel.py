@@ -107,7 +107,7 @@ class _Ratios(_Function):
 def _invert(rho: Tensor, order: float) -> tuple[Tensor, Tensor]:
     """kappa with r_order(kappa) = rho, and r' there, by Newton steps from a start that is within a few percent."""
     dim = 2 * order + 2
-    kappa = rho * (dim - rho**2) / (1 - rho**2)  # Banerjee et al. 2005, eq. 4.4
+    kappa = rho * (dim - rho**2) / (1 - rho**2)  # Banerjee et al. 2005 (JMLR 6)
     for _ in range(4 if rho.dtype == torch.float64 else 2):
         # on A where it is close to a line, on log(1 - A) where A saturates
         value, slope = _debye.ratio(order, kappa, 1)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import constraints
 from pyro.nn import PyroParam
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from pyro_contrastive import distributions as dist
 from pyro_contrastive.factors import check_recognition, recognition_factor
 from pyro_contrastive.kernels import VonMisesFisherKernel
 from pyro_contrastive.modules import Module
+from pyro_contrastive.ops.constraints import scale_parameter
 
 __all__ = ["RPM"]
 
@@ -37,7 +37,8 @@ class RPM(Module):
         guide: recognition module with ``posterior(x)`` and ``dim``, used as the Pyro guide too; any family with a
             density.
         concentration: kappa of the pair prior at the start, > 0 and finite.
-        learn_concentration: make it a parameter (default).
+        learn_concentration: make it a parameter (default), optimised as log(kappa) / 4 so that it keeps pace with the
+            network.
 
     Raises:
         TypeError: for a guide without ``posterior(x)``.
@@ -64,7 +65,7 @@ class RPM(Module):
         self.guide = guide
         value = VonMisesFisherKernel(concentration).concentration  # checks it
         if learn_concentration:
-            setattr(self, "concentration", PyroParam(value.clone(), constraint=constraints.positive))  # noqa: B010 (typing)
+            setattr(self, "concentration", PyroParam(value.clone(), constraint=scale_parameter))  # noqa: B010 (typing)
         else:
             self.register_buffer("concentration", value.clone())
 

@@ -159,7 +159,7 @@ def recognition_factor(name: str, z: Tensor, posterior: Any) -> Tensor:
             no density.
 
     References:
-        Aitchison and Ganev 2021 (arXiv 2107.02495); Walker et al. 2022 (arXiv 2209.05661; their F_j(Z) is the aggregate).
+        Aitchison and Ganev 2021, arXiv 2107.02495; Walker et al. 2022, arXiv 2209.05661, where the aggregate is F_j(Z).
     """
     if isinstance(posterior, Delta):
         raise ValueError(

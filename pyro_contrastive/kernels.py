@@ -10,13 +10,13 @@ density ratios: log of p(x, x') / p(x) p(x') under the model, in nats, zero for 
 from __future__ import annotations
 
 import torch
-from pyro.distributions import constraints
 from pyro.nn import PyroParam
 from torch import Tensor
 
 from .distributions import VonMisesFisher
 from .modules import Module
 from .ops.bessel import bessel_ratio, log_partition_scaled, matched_log_density
+from .ops.constraints import scale_parameter
 from .ops.precision import matmul
 
 __all__ = ["VonMisesFisherKernel", "moment_matched_log_ratio", "shared_latent_log_ratio"]
@@ -32,7 +32,8 @@ class VonMisesFisherKernel(Module):
 
     Args:
         concentration: kappa > 0, finite.
-        learn: make it a positive parameter (``concentration``) instead of a buffer.
+        learn: make it a positive parameter (``concentration``) instead of a buffer, optimised as log(kappa) / 4 so
+            that it keeps pace with the network.
 
     Raises:
         ValueError: if the concentration is not positive and finite.
@@ -49,7 +50,7 @@ class VonMisesFisherKernel(Module):
         if not (value > 0 and torch.isfinite(value)):
             raise ValueError(f"`concentration` of a kernel must be positive and finite, got {concentration!r}")
         if learn:
-            setattr(self, "concentration", PyroParam(value, constraint=constraints.positive))  # noqa: B010 (typing)
+            setattr(self, "concentration", PyroParam(value, constraint=scale_parameter))  # noqa: B010 (typing)
         else:
             self.register_buffer("concentration", value)
 

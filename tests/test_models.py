@@ -253,7 +253,7 @@ def test_views_of_different_length_are_refused():
         ({"concentration": -1.0}, "positive and finite, got -1.0"),
         ({"concentration": -math.inf}, "positive and finite, got -inf"),
         ({"concentration": math.nan}, "positive and finite, got nan"),
-        ({"concentration": 5.0, "evidence": "k_sample", "num_samples": 0}, "`num_samples` must be an integer >= 1, got 0"),
+        ({"concentration": 5.0, "evidence": "k_sample", "num_samples": 0}, "must be an integer >= 1, got 0"),
     ],
 )
 def test_arguments_of_mcinfonce_are_checked(options, message):

@@ -191,7 +191,7 @@ def log_iv(order: float, x: Tensor) -> Tensor:
 
     Example:
         >>> log_iv(0.5, torch.tensor([1.0], dtype=torch.float64))  # sqrt(2/pi) sinh(1)
-        tensor([-0.0643], dtype=torch.float64)
+        tensor([-0.0644], dtype=torch.float64)
     """
     if order < 0:
         raise ValueError(f"`order` must be >= 0, got {order!r}")

@@ -7,6 +7,7 @@ The loop is Pyro's own recipe for PyTorch, ``elbo = Trace_ELBO()(model, guide)``
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -229,7 +230,8 @@ def fit(
             part.train()
         from tqdm.auto import tqdm
 
-        bar = tqdm(total=total, initial=min(state.step, total), disable=not progress, unit="step")
+        often = 0.1 if sys.stderr.isatty() else 1.0  # seconds; a log file is no terminal
+        bar = tqdm(total=total, initial=min(state.step, total), disable=not progress, unit="step", mininterval=often)
         bar.set_description_str(progress if isinstance(progress, str) else "fit")
         try:
             with pyro.validation_enabled(False):  # the dry call was validated; here every check would stop the device

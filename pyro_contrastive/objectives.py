@@ -25,7 +25,8 @@ class KSampleELBO(ELBO):
     (``pyro.infer.RenyiELBO(alpha=0)`` averages per row or jointly depending on where a factor was emitted.)
 
     Works with plain ``SVI``, with ``ELBOModule`` (``KSampleELBO(16)(model, guide)``), and with sequential or vectorised
-    particles. All latents must be reparametrised and live in the same plates, those of the rows.
+    particles (vectorised ones where a plate draws its own subsample: sequential particles would each draw other rows).
+    All latents must be reparametrised and live in the same plates, those of the rows.
 
     Args:
         num_particles: K >= 1.

@@ -242,7 +242,8 @@ def _table(sections: Sequence[Any]) -> str:
         group = [section for section in sections if section.kind == kind]
         names = list(dict.fromkeys(name for section in group for name in section.figures))
         width = max(map(len, names)) + 2
-        lines += ["", group[0].title, " " * width + "".join(f"{f'seed {section.seed}':>12}" for section in group)]
+        title = group[0].title.removesuffix(f", seed {group[0].seed}")  # the columns name the seeds
+        lines += ["", title, " " * width + "".join(f"{f'seed {section.seed}':>12}" for section in group)]
         for name in names:
             cells = (section.figures.get(name, math.nan) for section in group)
             lines.append(

@@ -15,7 +15,9 @@ from torch.nn.parameter import is_lazy
 from pyro_contrastive.modules import Module
 from pyro_contrastive.nets import feature_size
 
-__all__ = ["RecognitionGuide"]
+__all__ = ["INITIAL_RESULTANT_LENGTH", "RecognitionGuide"]
+
+INITIAL_RESULTANT_LENGTH = 0.6  # of an untrained posterior, in every family: neither uniform nor a point
 
 
 class _Pass:

@@ -7,11 +7,9 @@ from torch import Tensor, nn
 from pyro_contrastive import distributions as dist
 from pyro_contrastive.nets import ConcentrationHead, DirectionHead
 
-from .base import RecognitionGuide
+from .base import INITIAL_RESULTANT_LENGTH, RecognitionGuide
 
 __all__ = ["PowerSpherical"]
-
-INITIAL_RESULTANT_LENGTH = 0.6
 
 
 class PowerSpherical(RecognitionGuide):

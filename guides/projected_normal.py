@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from pyro_contrastive import distributions as dist
 from pyro_contrastive.nets import ConcentrationHead, DirectionHead
 
-from .base import RecognitionGuide
+from .base import INITIAL_RESULTANT_LENGTH, RecognitionGuide
 
 __all__ = ["ProjectedNormal"]
-
-INITIAL_COSINE = 0.6
 
 
 class ProjectedNormal(RecognitionGuide):
@@ -38,7 +36,7 @@ class ProjectedNormal(RecognitionGuide):
     ) -> None:
         super().__init__(encoder, dim, features=features)
         if initial_scale is None:
-            initial_scale = math.sqrt((1 / INITIAL_COSINE**2 - 1) / dim)
+            initial_scale = math.sqrt((1 / INITIAL_RESULTANT_LENGTH**2 - 1) / dim)
         self.direction = DirectionHead(self.features, dim)
         self.scale = ConcentrationHead(self.features, initial_scale, outputs=dim)
 

@@ -9,11 +9,9 @@ from pyro_contrastive import distributions as dist
 from pyro_contrastive.nets import ConcentrationHead, DirectionHead
 from pyro_contrastive.ops.bessel import inverse_bessel_ratio
 
-from .base import RecognitionGuide
+from .base import INITIAL_RESULTANT_LENGTH, RecognitionGuide
 
 __all__ = ["VonMisesFisher"]
-
-INITIAL_RESULTANT_LENGTH = 0.6
 
 
 class VonMisesFisher(RecognitionGuide):

@@ -151,7 +151,8 @@ class MCInfoNCE(Module):
             posteriors: of both, when they are already known.
 
         Returns:
-            ``(N, M)`` log density ratios in nats. Sampled evidences average the kernel over ``num_samples`` draws.
+            ``(N, M)`` log density ratios in nats. Sampled evidences average the unnormalised kernel over
+            ``num_samples`` draws: theirs hold up to one constant, the same for all pairs, and Monte-Carlo error.
         """
         posterior1, posterior2 = posteriors or (self.guide.posterior(x1), self.guide.posterior(x2))
         if self.evidence == "exact":

@@ -1,7 +1,7 @@
 r"""Modified Bessel functions of the first kind, in log space and in any order.
 
-Everything that a von Mises-Fisher law needs is one number theory away from the ratio
-:math:`r_v(x) = I_{v+1}(x) / I_v(x)`, and that ratio has two properties that make it safe to compute:
+Everything that a von Mises-Fisher law needs follows from :math:`\log I_v(x)` and the ratio
+:math:`r_v(x) = I_{v+1}(x) / I_v(x)`, and two properties make them safe to compute:
 
 * downwards in the order, :math:`r_v = x / (2(v+1) + x\, r_{v+1})` (DLMF 10.29.1) adds positive numbers only;
 * for large order the uniform (Debye) expansion of :math:`\log I_v` (DLMF 10.41.3) is accurate for *every* x.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_contrastive.ops._once import once
 
-__all__ = ["PLAIN_ELEMENTS", "TILE", "Contrast", "Pairs", "contrast"]
+__all__ = ["PLAIN_ELEMENTS", "TILE", "Contrast", "PairFunction", "Pairs", "Tensors", "contrast"]
 
 Tensors = tuple[Tensor, ...]
 PairFunction = Callable[[Tensors, Tensors, Tensors], Tensor]
@@ -105,8 +105,8 @@ def contrast(
         pairs: the grid ``(..., N, N)``, or what it is computed from.
         symmetric: the columns as well.
         shift: added to the diagonal inside the sums (not to ``positive``): a log weight of the positive.
-        tile: side of the tiles, >= 1. By default grids of up to `PLAIN_ELEMENTS` elements, all leading axes counted, are
-            computed whole, and larger ones in tiles of the side that `TILE` has for the device.
+        tile: side of the tiles, >= 1. By default grids of up to `PLAIN_ELEMENTS` elements, all leading axes counted,
+            are computed whole, and larger ones in tiles of the side that `TILE` has for the device.
 
     Returns:
         Values ``(..., N)``. Tiles and the whole grid agree up to rounding; by tiles they are differentiable once.
@@ -122,16 +122,17 @@ def contrast(
                 f"`tile` is for grids that are not evaluated yet, got one of shape {tuple(pairs.shape)}; "
                 "pass Pairs, for instance kernel(z1, z2, lazy=True)"
             )
-        return Contrast(*_statistics(pairs, shift, True, symmetric))
+        return _contrast(pairs, shift, symmetric)
     if tile is None and pairs.shape.numel() <= PLAIN_ELEMENTS:
-        return Contrast(*_statistics(pairs.grid(), shift, True, symmetric))
+        return _contrast(pairs.grid(), shift, symmetric)
     side = tile or TILE.get(pairs.rows[0].device.type, 2048)
     batch = pairs.batch
     flat = [t.expand(batch + t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (*pairs.rows, *pairs.columns)]
     function = _compiled(pairs.function) if pairs.compile else pairs.function
     plan = _Plan(function, len(pairs.rows), len(flat), side, shift, symmetric, pairs.compile)
-    values = _Tiled.apply(plan, *flat, *pairs.shared)
-    return Contrast(*(value if value is None else value.view(pairs.shape[:-1]) for value in values))
+    positive, row, column = _Tiled.apply(plan, *flat, *pairs.shared)
+    shape = pairs.shape[:-1]
+    return Contrast(positive.view(shape), row.view(shape), None if column is None else column.view(shape))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -139,34 +140,25 @@ def contrast(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _shifted(log_f: Tensor, shift: float, diagonal: bool) -> Tensor:
-    if not diagonal or shift == 0.0:
+def _shifted(log_f: Tensor, shift: float) -> Tensor:
+    """With `shift` added to the diagonal."""
+    if shift == 0.0:
         return log_f
+    return torch.diagonal_scatter(log_f, log_f.diagonal(dim1=-2, dim2=-1) + shift, dim1=-2, dim2=-1)
+
+
+def _contrast(log_f: Tensor, shift: float, symmetric: bool) -> Contrast:
     positive = log_f.diagonal(dim1=-2, dim2=-1)
-    return torch.diagonal_scatter(log_f, positive + shift, dim1=-2, dim2=-1)
+    log_f = _shifted(log_f, shift)
+    return Contrast(positive, log_f.logsumexp(-1), log_f.logsumexp(-2) if symmetric else None)
 
 
-def _statistics(
-    log_f: Tensor, shift: float, diagonal: bool, symmetric: bool
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Diagonal, if it is the grid's, and log-sum-exps of one tile."""
-    positive = log_f.diagonal(dim1=-2, dim2=-1) if diagonal else None
-    log_f = _shifted(log_f, shift, diagonal)
-    return positive, log_f.logsumexp(-1), log_f.logsumexp(-2) if symmetric else None
-
-
-def _weights(
-    log_f: Tensor, sums: list[Tensor], grads: list[Tensor], on_positive: Tensor | None, shift: float
-) -> Tensor:
-    """Derivative with respect to the tile: softmax weights of rows (and columns), and the positives."""
-    log_f = _shifted(log_f, shift, on_positive is not None)
-    # -inf throughout a row: its entries have no weight (rather than that of exp(-inf + inf))
-    softmax = [torch.exp(log_f - total.masked_fill(total == -torch.inf, 0.0)) for total in sums]
-    weight = softmax[0] * grads[0]
-    if len(sums) == 2:
-        weight = torch.addcmul(weight, softmax[1], grads[1])
-    if on_positive is not None:
-        weight = torch.diagonal_scatter(weight, weight.diagonal(dim1=-2, dim2=-1) + on_positive, dim1=-2, dim2=-1)
+def _softmax_weights(log_f: Tensor, shift: float, *sums_and_grads: Tensor) -> Tensor:
+    """Derivative of the log-sum-exps with respect to the tile, from their values and incoming gradients."""
+    log_f, weight = _shifted(log_f, shift), torch.zeros_like(log_f)
+    for total, grad in zip(sums_and_grads[::2], sums_and_grads[1::2], strict=True):
+        # -inf throughout a row: its entries have no weight (rather than that of exp(-inf + inf))
+        weight = torch.addcmul(weight, torch.exp(log_f - total.masked_fill(total == -torch.inf, 0.0)), grad)
     return weight
 
 
@@ -224,20 +216,19 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        shape = tensors[0].shape[:2]
-        statistics = _compiled(_statistics) if plan.compile else _statistics
-        positive = tensors[0].new_empty(shape)
+        summary = _compiled(_contrast) if plan.compile else _contrast
+        positive = tensors[0].new_empty(tensors[0].shape[:2])
         row = torch.full_like(positive, -torch.inf)
         column = row.clone() if plan.symmetric else None
         with torch.autocast(positive.device.type, enabled=False):
             for b, i, j in plan.tiles(tensors):
                 tile = plan.evaluate(plan.part(tensors, b, i, j))
-                diagonal, across, down = statistics(tile, plan.shift, i == j, plan.symmetric)
+                diagonal, across, down = summary(tile, plan.shift if i == j else 0.0, plan.symmetric)
                 row[b, i] = torch.logaddexp(row[b, i], across)
-                if diagonal is not None:
-                    positive[b, i] = diagonal
                 if column is not None and down is not None:
                     column[b, j] = torch.logaddexp(column[b, j], down)
+                if i == j:
+                    positive[b, i] = diagonal
         ctx.plan = plan
         ctx.save_for_backward(*tensors, row, *([] if column is None else [column]))
         return positive, row, column
@@ -250,29 +241,27 @@ class _Tiled(torch.autograd.Function):
         tensors, sums = saved[:split], saved[split:]
         needed = [k for k in range(split) if ctx.needs_input_grad[1 + k]]
         totals = {k: torch.zeros_like(tensors[k]) for k in needed}
-        weights = _compiled(_weights) if plan.compile else _weights
-        on_positive, on_row, on_column = (g if g is None else g.detach() for g in grads)
-        for b, i, j in plan.tiles(tensors):
-            inputs = [t.detach() for t in plan.part(tensors, b, i, j)]
-            wanted = [inputs[k].requires_grad_() for k in needed]
-            with torch.enable_grad(), torch.autocast(inputs[0].device.type, enabled=False):
-                tile = plan.evaluate(inputs)
-            if not tile.requires_grad:
-                continue
-            around = [(sums[0][b, i].unsqueeze(-1), on_row[b, i].unsqueeze(-1))]
-            if plan.symmetric:
-                around.append((sums[1][b, j].unsqueeze(-2), on_column[b, j].unsqueeze(-2)))
-            with torch.no_grad():
-                weight = weights(
-                    tile.detach(),
-                    *map(list, zip(*around, strict=True)),
-                    on_positive[b, i] if i == j else None,
-                    plan.shift,
-                )
-            for k, grad in zip(needed, torch.autograd.grad(tile, wanted, weight, allow_unused=True), strict=True):
-                if grad is not None:
-                    where = () if k >= plan.items else (b, i) if k < plan.rows else (b, j)
-                    totals[k][where] += grad
+        softmax_weights = _compiled(_softmax_weights) if plan.compile else _softmax_weights
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            for b, i, j in plan.tiles(tensors):
+                inputs = [t.detach() for t in plan.part(tensors, b, i, j)]
+                wanted = [inputs[k].requires_grad_() for k in needed]
+                with torch.enable_grad():
+                    tile = plan.evaluate(inputs)
+                if not tile.requires_grad:
+                    continue
+                with torch.no_grad():
+                    around = [sums[0][b, i].unsqueeze(-1), grads[1][b, i].unsqueeze(-1)]
+                    if plan.symmetric:
+                        around += [sums[1][b, j].unsqueeze(-2), grads[2][b, j].unsqueeze(-2)]
+                    weight = softmax_weights(tile.detach(), plan.shift if i == j else 0.0, *around)
+                    if i == j:
+                        weight.diagonal(dim1=-2, dim2=-1).add_(grads[0][b, i])
+                parts = torch.autograd.grad(tile, wanted, weight, allow_unused=True)
+                for k, part in zip(needed, parts, strict=True):
+                    if part is not None:
+                        where = () if k >= plan.items else (b, i) if k < plan.rows else (b, j)
+                        totals[k][where] += part
         name = "a contrastive likelihood by tiles (grids of up to PLAIN_ELEMENTS elements are computed whole)"
-        inputs_and_grads = (*tensors, *(g for g in grads if g is not None))
-        return None, *(once(name, totals[k], *inputs_and_grads) if k in totals else None for k in range(split))
+        reached = (*tensors, *(g for g in grads if g is not None))
+        return None, *(once(name, totals[k], *reached) if k in totals else None for k in range(split))

@@ -66,9 +66,8 @@ def assert_same(leaves, pairs, **options):
         torch.testing.assert_close(by_tiles, by_grid, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("negatives", ["sum", "mean"])
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("tile", [1, 3, 7, 100])
+@pytest.mark.parametrize(("symmetric", "negatives"), [(False, "sum"), (True, "mean")])
+@pytest.mark.parametrize("tile", [1, 3, 100])
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_equal_the_grid(kind, tile, symmetric, negatives):
     leaves, pairs = case(kind)
@@ -76,13 +75,13 @@ def test_tiles_equal_the_grid(kind, tile, symmetric, negatives):
 
 
 @pytest.mark.parametrize("tile", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:1] + KINDS[-1:])
 def test_two_items(kind, tile):
     leaves, pairs = case(kind, size=2)
     assert_same(leaves, pairs, tile=tile, symmetric=True, negatives="mean")
 
 
-@pytest.mark.parametrize("tile", [3, 7, 16, 100])
+@pytest.mark.parametrize("tile", [3, 16, 100])
 @pytest.mark.parametrize("kind", KINDS)
 def test_leading_axes(kind, tile):
     """16 and 100 put several grids of the batch into one tile."""
@@ -129,8 +128,8 @@ def test_a_row_without_any_possible_pair_has_no_gradient_rather_than_nan():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_by_finite_differences(kind):
-    leaves, pairs = case(kind, size=4)
-    assert torch.autograd.gradcheck(lambda *_: tuple(contrast(pairs(), symmetric=True, shift=0.7, tile=3)), leaves)
+    leaves, pairs = case(kind, size=3)
+    assert torch.autograd.gradcheck(lambda *_: tuple(contrast(pairs(), symmetric=True, shift=0.7, tile=2)), leaves)
 
 
 def test_only_what_is_asked_for_gets_a_gradient():
@@ -149,7 +148,7 @@ def test_second_derivatives_are_refused():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["shared latent", "shared tensor"])
 def test_under_activation_checkpointing(kind, reentrant):
     leaves, pairs = case(kind)
     plain = torch.autograd.grad(infonce_log_ratio(pairs(), tile=3, symmetric=True).sum(), leaves)
@@ -189,7 +188,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_operation_returns_more_than_a_tile_or_the_items(kind):
-    size, side = 200, 32
+    size, side = 100, 24
     leaves, pairs = case(kind, size=size)
     largest = {}
     for tile in (side, size):
@@ -275,6 +274,7 @@ def test_what_cannot_be_compiled_runs_eagerly_with_a_warning(monkeypatch):
     tiles._compiled.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_tiles_equal_eager_ones():
     leaves, pairs = case("shared tensor", size=8)

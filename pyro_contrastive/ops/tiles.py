@@ -165,18 +165,24 @@ def _softmax_weights(log_f: Tensor, shift: float, *sums_and_grads: Tensor) -> Te
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function by ``torch.compile``, and eagerly from the first failure on."""
-    fast, failed = torch.compile(function), False
+    fast: Callable[..., Any] | None = None
+    failed = False
 
     def call(*arguments: Any) -> Any:
-        nonlocal failed
-        if not failed:
-            try:
-                return fast(*arguments)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                failed = True
-                name = getattr(function, "__name__", repr(function))
-                warnings.warn(f"{name} was not compiled and runs eagerly: {error}", RuntimeWarning, stacklevel=2)
-        return function(*arguments)
+        nonlocal fast, failed
+        if failed:
+            return function(*arguments)
+        validate = torch.distributions.Distribution._validate_args  # the first compilation turns it off for everyone
+        try:
+            fast = fast or torch.compile(function)
+            return fast(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            failed = True
+            name = getattr(function, "__name__", repr(function))
+            warnings.warn(f"{name} could not be compiled and runs eagerly: {error}", RuntimeWarning, stacklevel=2)
+            return function(*arguments)
+        finally:
+            torch.distributions.Distribution._validate_args = validate
 
     return call
 

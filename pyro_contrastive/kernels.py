@@ -23,12 +23,14 @@ from .modules import Module
 from .ops.bessel import bessel_ratio, log_partition_scaled, matched_log_density
 from .ops.constraints import scale_parameter
 from .ops.precision import matmul
+from .ops.series import expected_kernel_log_ratio
 from .ops.tiles import Pairs, Tensors
 
 __all__ = [
     "AnisotropicKernel",
     "PairKernel",
     "VonMisesFisherKernel",
+    "expected_log_ratio",
     "expected_pairs",
     "moment_matched_log_ratio",
     "moment_matched_pairs",
@@ -270,24 +272,41 @@ def moment_matched_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFis
     return moment_matched_pairs(posterior1, posterior2, concentration).grid()
 
 
+def _expected(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
+    (mu1, k1), (mu2, k2) = rows, columns
+    return expected_kernel_log_ratio(mu1.shape[-1], k1, k2.mT, shared[0], matmul(mu1, mu2.mT))
+
+
 def expected_pairs(posterior1: VonMisesFisher, posterior2: VonMisesFisher, concentration: float | Tensor) -> Pairs:
-    r"""Evidence :math:`\log E[f(z, z')]` of all pairs of views, the latents integrated out, unevaluated.
+    """:func:`expected_log_ratio`, unevaluated."""
+    _check_families(posterior1, posterior2)
+    if not isinstance(concentration, Tensor):
+        if not concentration > 0:
+            raise ValueError(f"`concentration` of a pair must be positive, or infinite, got {concentration!r}")
+        if math.isinf(concentration):
+            return shared_latent_pairs(posterior1, posterior2)
+        concentration = posterior1.concentration.new_tensor(concentration)
+    rows, columns = ((q.mean_direction, q.concentration.unsqueeze(-1)) for q in (posterior1, posterior2))
+    return Pairs(_expected, rows, columns, (concentration,))
+
+
+def expected_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFisher, concentration: float | Tensor) -> Tensor:
+    r"""Exact evidence of a pair of views whose latents are vMF(z, kappa) apart, on all pairs.
+
+    It is :func:`~pyro_contrastive.ops.series.expected_kernel_log_ratio` of the two concentrations and the cosine of the
+    mean directions, for a latent that is uniform over all views.
 
     Args:
         posterior1: batch ``(..., N)``.
         posterior2: batch ``(..., M)``.
-        concentration: kappa > 0 of the pair, a number or a scalar tensor; infinite for views that share one latent.
+        concentration: kappa > 0 of the pair, a number or a scalar tensor; infinite for views that share one latent
+            (:func:`shared_latent_log_ratio`).
 
     Returns:
-        Pairs of shape ``(..., N, M)``, log density ratios in nats.
+        ``(..., N, M)`` log ratios in nats.
 
     Raises:
         TypeError: for posteriors of another family.
         ValueError: if the concentration is not positive.
     """
-    if not concentration > 0:
-        raise ValueError(f"`concentration` of a pair must be positive, or infinite, got {concentration!r}")
-    if math.isinf(concentration):  # the lead replaces both branches by the exact series
-        return shared_latent_pairs(posterior1, posterior2)
-    kappa = torch.as_tensor(concentration, dtype=posterior1.concentration.dtype, device=posterior1.concentration.device)
-    return moment_matched_pairs(posterior1, posterior2, kappa)
+    return expected_pairs(posterior1, posterior2, concentration).grid()

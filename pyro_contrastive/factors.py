@@ -22,6 +22,7 @@ from .kernels import PairKernel, expected_pairs
 from .ops.tiles import Pairs, contrast
 
 __all__ = [
+    "Negatives",
     "check_recognition",
     "expected_infonce_factor",
     "infonce_factor",

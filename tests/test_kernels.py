@@ -6,7 +6,13 @@ import mpmath
 import pytest
 import torch
 
-from pyro_contrastive.distributions import HypersphericalUniform, PowerSpherical, VonMisesFisher, log_uniform_density
+from pyro_contrastive.distributions import (
+    HypersphericalUniform,
+    PowerSpherical,
+    ProjectedNormal,
+    VonMisesFisher,
+    log_uniform_density,
+)
 from pyro_contrastive.factors import infonce_log_ratio
 from pyro_contrastive.kernels import (
     AnisotropicKernel,
@@ -153,6 +159,9 @@ def test_other_families_are_refused_with_the_way_out():
     z = unit(2, 3)
     with pytest.raises(TypeError, match="k_sample"):
         shared_latent_log_ratio(PowerSpherical(z, torch.ones(2).double()), PowerSpherical(z, torch.ones(2).double()))
+    for concentration in (20.0, float("inf"), torch.tensor(20.0)):
+        with pytest.raises(TypeError, match="need VonMisesFisher posteriors, got ProjectedNormal"):
+            expected_log_ratio(*[ProjectedNormal(z, torch.ones(2, 3).double())] * 2, concentration)
 
 
 # --- anisotropic kernel -----------------------------------------------------------------------------------------------

@@ -1,0 +1,322 @@
+r"""Credible-interval retrieval: the gallery items that a query's posterior cannot tell from its own latent.
+
+A *credible set* is an answer whose size says how sure the query is. For a gallery of points it holds the items inside
+the highest-density cap of mass 1 - alpha (Kirchhof et al. 2023, arXiv 2302.02865, who take the radius from 10,000
+draws; here it is the quantile of the angle itself). For a gallery of posteriors the width of every item counts as well:
+it holds the items that lie where a *partner* of the query, a second view of the same latent with the item's
+concentration, would lie with probability 1 - alpha (see `partner`). When the posteriors are right, the true latent is
+in the cap, and the true partner in the set, with probability 1 - alpha.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
+from torch import Tensor
+
+from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
+from pyro_contrastive.diagnostics.calibration import Family, cap_radius
+from pyro_contrastive.diagnostics.partner import PartnerRadii
+from pyro_contrastive.distributions import PowerSpherical, VonMisesFisher
+from pyro_contrastive.ops.precision import matmul
+
+__all__ = ["CredibleSets", "cap_area", "credible_sets"]
+
+IntArray = NDArray[np.int64]
+Backend = Literal["auto", "torch", "faiss"]
+# (queries of a chunk, items of a block, float32 cosine) of everything at or above one bound per query
+Candidates = tuple[IntArray, IntArray, NDArray[np.float32]]
+Search = Callable[[Tensor, FloatArray], Candidates]
+
+_FAMILIES: dict[type, Family] = {VonMisesFisher: "vmf", PowerSpherical: "power_spherical"}
+_ENTRIES = 1 << 23  # cosines, or candidates, of one step: at most a few hundred MiB whatever the sizes
+_ROWS = {"torch": 1024, "faiss": 64}  # queries of one step
+_FAISS_FROM = 100_000  # items
+
+
+def cap_area(radius: ArrayLike | Tensor, dim: int) -> FloatArray:
+    r"""Area of a cap as a share of the sphere: the size that a credible set has in a uniform gallery, per item.
+
+    :math:`I_{\sin^2(r/2)}\left(\frac{d-1}{2}, \frac{d-1}{2}\right)`, a regularised incomplete beta function (Li 2011).
+
+    Args:
+        radius: Radii in radians, in [0, pi], any shape.
+        dim: Dimension d >= 2 of the space around the sphere.
+
+    Returns:
+        Shares in [0, 1], of the shape of `radius`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> cap_area([np.pi / 3, np.pi / 2], dim=3).round(6)  # (1 - cos r) / 2 in three dimensions
+        array([0.25, 0.5 ])
+    """
+    radius = as_array(radius).astype(np.float64)
+    if dim < 2 or not np.all((radius >= 0) & (radius <= np.pi)):
+        raise ValueError(f"`radius` must be in [0, pi] radians and `dim` >= 2, got {radius} and {dim!r}")
+    return special.betainc(0.5 * (dim - 1), 0.5 * (dim - 1), np.sin(0.5 * radius) ** 2)
+
+
+@dataclass(frozen=True, eq=False)
+class CredibleSets:
+    """Credible sets of N queries in a gallery of M items, as the rows of a sparse matrix (CSR).
+
+    Attributes:
+        indptr: Where each set begins in `indices`, and the end of the last one; shape (N + 1,).
+        indices: Gallery items of all sets, ascending within each; shape (S,) for S members in total.
+        cosines: Cosine between the query's mean direction and each of them, shape (S,), float32.
+        num_items: M.
+        alpha: Probability left out.
+
+    Example:
+        >>> sets = CredibleSets(np.array([0, 2, 2]), np.array([1, 4]), np.array([0.8, 0.9]), num_items=5, alpha=0.05)
+        >>> sets.sizes, sets[0], sets[1]
+        (array([2, 0]), array([4, 1]), array([], dtype=int64))
+    """
+
+    indptr: IntArray
+    indices: IntArray
+    cosines: NDArray[Any]
+    num_items: int
+    alpha: float
+
+    @property
+    def sizes(self) -> IntArray:
+        """Number of items in each set, shape (N,)."""
+        return np.diff(self.indptr)
+
+    @property
+    def queries(self) -> IntArray:
+        """Query that each entry of `indices` belongs to, shape (S,)."""
+        return np.repeat(np.arange(len(self)), self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    def __getitem__(self, query: int) -> IntArray:
+        """Members of one set, the nearest first."""
+        if not 0 <= query < len(self):
+            raise IndexError(f"`query` must be in 0..{len(self) - 1}, got {query!r}")
+        row = slice(self.indptr[query], self.indptr[query + 1])
+        return self.indices[row][np.argsort(-self.cosines[row], kind="stable")]
+
+
+def credible_sets(
+    queries: Any,
+    gallery: Any,
+    *,
+    alpha: float = 0.05,
+    exclude: ArrayLike | Tensor | None = None,
+    backend: Backend = "auto",
+) -> CredibleSets:
+    """Gallery items inside each query's credible region of mass 1 - alpha, without draws.
+
+    Args:
+        queries: `VonMisesFisher` or `PowerSpherical` posteriors, batch shape (N,), concentrations > 0.
+        gallery: Points, unit vectors of shape (M, d): the set is the cap that holds the query's *latent* with
+            probability 1 - alpha. Or `VonMisesFisher` posteriors, batch shape (M,), for queries of this family: an item
+            is in the set if it lies where a *partner* of its concentration lies with probability 1 - alpha. Give
+            `gallery.mean_direction` to leave the widths of the items out of account.
+        alpha: Probability left out, in (0, 1).
+        exclude: Gallery item that each query must not find, shape (N,), with -1 for none; `numpy.arange(N)` where the
+            queries are the gallery.
+        backend: "torch" (on the gallery's device), "faiss" (CPU; ``pip install "pyro-contrastive[retrieval]"``), or
+            "auto": faiss where it is installed and the gallery lies on the CPU and has 100,000 items or more. The sets
+            are the same: either proposes by float32 cosines, and what lies within rounding of an edge is decided in
+            float64.
+
+    Returns:
+        The sets. Work space is bounded, whatever N and M.
+
+    Raises:
+        ImportError: If faiss is asked for and missing.
+        TypeError: If a side is of another kind.
+        ValueError: If a shape, a concentration or alpha is out of range, or a side is empty.
+
+    Example:
+        >>> east, gallery = torch.tensor([[1.0, 0.0, 0.0]]), torch.eye(3)
+        >>> credible_sets(VonMisesFisher(east, torch.tensor([100.0])), gallery).sizes  # sure: the nearest one
+        array([1])
+        >>> credible_sets(VonMisesFisher(east, torch.tensor([0.1])), gallery).sizes  # unsure: everything
+        array([3])
+    """
+    family = _FAMILIES.get(type(queries))
+    if family is None:
+        raise TypeError(
+            f"`queries` must be VonMisesFisher or PowerSpherical posteriors, got {type(queries).__name__}; for another "
+            "family pass VonMisesFisher(mean, kappa) with the torch tensors of `direction_and_concentration(queries)`"
+        )
+    query_mean, query_kappa = _posteriors("queries", queries)
+    num, dim = query_mean.shape
+    if isinstance(gallery, Tensor | np.ndarray):
+        item_mean, item_kappa = _points("gallery", torch.as_tensor(gallery)), None
+    elif isinstance(gallery, VonMisesFisher) and family == "vmf":
+        item_mean, item_kappa = _posteriors("gallery", gallery)
+    else:
+        raise TypeError(
+            "`gallery` must be unit vectors (M, d), or VonMisesFisher posteriors where the queries are, got "
+            f"{type(gallery).__name__} for queries {type(queries).__name__}; pass its mean directions"
+        )
+    size = len(item_mean)
+    if item_mean.shape[1] != dim:
+        raise ValueError(f"`queries` and `gallery` must have one dimension, got {dim} and {item_mean.shape[1]}")
+    if not 0.0 < alpha < 1.0:
+        raise ValueError(f"`alpha` must lie in (0, 1), got {alpha!r}; 0.05 gives sets of 95 %")
+    left_out = _left_out(exclude, num, size)
+    backend = _backend(backend, item_mean)
+
+    # The edge as log(1 - cosine), one matrix product of (N, terms) and (terms, M) in float64.
+    if item_kappa is None:
+        edge_rows = np.log(2.0) + 2.0 * np.log(np.sin(0.5 * cap_radius(1.0 - alpha, query_kappa, dim, family=family)))
+        edge_rows = edge_rows[:, None]
+    else:
+        radii = PartnerRadii(1.0 - alpha, query_kappa, item_kappa, dim)
+        edge_rows = radii.rows(query_kappa)
+    margin = _margin(item_mean)
+    # Steps of similar concentrations, so that one bound for all of them is not much too wide.
+    query_order = np.argsort(query_kappa, kind="stable")
+    item_order = None if item_kappa is None else np.argsort(item_kappa, kind="stable")
+    rows = min(_ROWS[backend], num)
+    columns = max(_ENTRIES // rows, 1)
+
+    parts: list[Candidates] = []
+    for start in range(0, size, columns):
+        items = np.arange(start, min(start + columns, size)) if item_order is None else item_order[start:][:columns]
+        block = item_mean[start : start + columns] if item_order is None else _take(item_mean, items)
+        edge_columns = np.ones((len(items), 1)) if item_kappa is None else radii.columns(item_kappa[items])
+        search = (_search_torch if backend == "torch" else _search_faiss)(_float32(block))
+        for chunk in np.array_split(query_order, -(-num // rows)):
+            mean = _take(query_mean, chunk).to(block)
+            widest = np.exp(edge_rows[chunk] @ edge_columns[0]) * (1.0 + 1e-4)  # the first item is the least sure
+            query, item, cosine = search(_float32(mean), 1.0 - widest - margin)
+            for part in _pieces(len(query), edge_columns.shape[1]):
+                q, i, c = query[part], item[part], cosine[part]
+                edge = np.exp(np.einsum("st,st->s", edge_rows[chunk[q]], edge_columns[i]))
+                beyond = 1.0 - c.astype(np.float64) - edge
+                inside = beyond <= 0.0
+                close = np.abs(beyond) <= margin
+                inside[close] = _versine(mean, block, q[close], i[close]) <= edge[close]
+                inside &= items[i] != left_out[chunk[q]]
+                parts.append((chunk[q[inside]], items[i[inside]], c[inside]))
+
+    query, item, cosine = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    order = np.lexsort((item, query))
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(query, minlength=num))])
+    return CredibleSets(indptr, item[order], cosine[order], size, alpha)
+
+
+def _search_torch(block: Tensor) -> Search:
+    def search(mean: Tensor, least: FloatArray) -> Candidates:
+        cosine = matmul(mean, block.mT)
+        found = cosine >= torch.from_numpy(least).to(cosine)[:, None]
+        query, item = found.nonzero(as_tuple=True)
+        return query.cpu().numpy(), item.cpu().numpy(), cosine[found].cpu().numpy()
+
+    return search
+
+
+def _search_faiss(block: Tensor) -> Search:
+    import faiss
+
+    index = faiss.IndexFlatIP(block.shape[1])
+    index.add(block.cpu().numpy())
+
+    def search(mean: Tensor, least: FloatArray) -> Candidates:
+        # one radius per call: that of the least sure query
+        limits, cosine, item = index.range_search(mean.cpu().numpy(), float(least.min()))
+        query = np.repeat(np.arange(len(mean)), np.diff(limits.astype(np.int64)))
+        found = cosine >= least[query]
+        return query[found], item[found], cosine[found]
+
+    return search
+
+
+def _backend(backend: str, gallery: Tensor) -> Literal["torch", "faiss"]:
+    if backend not in ("auto", "torch", "faiss"):
+        raise ValueError(f'`backend` must be "auto", "torch" or "faiss", got {backend!r}')
+    installed = find_spec("faiss") is not None
+    if backend == "faiss" and not installed:
+        raise ImportError(
+            'backend="faiss" needs faiss: pip install "pyro-contrastive[retrieval]"; backend="torch" gives the same sets'
+        )
+    large = gallery.device.type == "cpu" and len(gallery) >= _FAISS_FROM
+    return "faiss" if backend == "faiss" or (backend == "auto" and installed and large) else "torch"
+
+
+def _margin(gallery: Tensor) -> float:
+    """Bound on the error of a float32 cosine: inputs rounded as the process allows, d + 4 roundings of a unit sum."""
+    allowed = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
+    if gallery.device.type != "cpu":
+        allowed = max(allowed, 2.0**-10)  # TF32 has more switches than one
+    return allowed + (gallery.shape[1] + 4) * 2.0**-23
+
+
+def _float32(vectors: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(vectors, dim=-1).float().contiguous()
+
+
+def _take(vectors: Tensor, index: IntArray) -> Tensor:
+    return vectors[torch.from_numpy(index).to(vectors.device)]
+
+
+def _versine(queries: Tensor, items: Tensor, query: IntArray, item: IntArray) -> FloatArray:
+    """1 - cosine of pairs in float64, accurate at small angles."""
+    a, b = (_take(vectors, index).double() for vectors, index in ((queries, query), (items, item)))
+    difference = torch.nn.functional.normalize(a, dim=-1) - torch.nn.functional.normalize(b, dim=-1)
+    return (0.5 * difference.square().sum(-1)).cpu().numpy()
+
+
+def _pieces(length: int, terms: int) -> list[slice]:
+    step = max(_ENTRIES // terms, 1)
+    return [slice(start, start + step) for start in range(0, max(length, 1), step)]
+
+
+def _points(name: str, vectors: Tensor) -> Tensor:
+    vectors = vectors.detach()
+    if vectors.dim() != 2 or not len(vectors) or vectors.shape[1] < 2 or not vectors.is_floating_point():
+        raise ValueError(
+            f"`{name}` must hold at least one vector, floating point, of shape (M, d) with d >= 2, got "
+            f"{tuple(vectors.shape)} of {vectors.dtype}"
+        )
+    norms = torch.linalg.vector_norm(vectors, dim=-1)
+    wrong = ~((norms - 1.0).abs() <= 1e-3)  # written so that NaN counts as wrong
+    if bool(wrong.any()):
+        raise ValueError(
+            f"`{name}` must hold finite unit vectors, got a norm of {norms[wrong][0].item():.4g} "
+            f"({int(wrong.sum())} of {len(norms)}); normalise over the last dimension"
+        )
+    return vectors
+
+
+def _posteriors(name: str, law: Any) -> tuple[Tensor, FloatArray]:
+    if len(law.batch_shape) != 1:
+        raise ValueError(f"`{name}` must have batch shape (N,), got {tuple(law.batch_shape)}; flatten the batch")
+    mean, kappa = _points(name, law.mean_direction), as_array(law.concentration).astype(np.float64)
+    wrong = ~((kappa > 0) & (kappa < np.inf))
+    if wrong.any():
+        raise ValueError(
+            f"`{name}` must have concentrations > 0 and finite, got {kappa[wrong][0]:.4g} ({wrong.sum()} of "
+            f"{len(kappa)}); a posterior of concentration 0 says nothing, leave it out"
+        )
+    return mean, kappa
+
+
+def _left_out(exclude: ArrayLike | Tensor | None, num: int, size: int) -> IntArray:
+    if exclude is None:
+        return np.full(num, -1)
+    index = as_array(exclude)
+    if index.shape != (num,) or index.dtype.kind not in "iu" or np.any((index < -1) | (index >= size)):
+        raise ValueError(
+            f"`exclude` must be {num} integers, one per query, in -1..{size - 1} (-1: none), got shape {index.shape} "
+            f"of {index.dtype}" + (f", {index.min()} to {index.max()}" if index.size else "")
+        )
+    return index.astype(np.int64)

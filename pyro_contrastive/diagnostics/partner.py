@@ -97,7 +97,7 @@ def partner_radius(
     Example:
         >>> radius = partner_radius(0.95, 30.0, [10.0, 100.0, 1e9], dim=10)
         >>> radius.round(3)  # the last one is cap_radius(0.95, 30.0, dim=10)
-        array([1.472, 0.865, 0.743])
+        array([1.389, 0.84 , 0.745])
     """
     level = np.asarray(level, dtype=np.float64)
     if not np.all((level > 0) & (level < 1)):
@@ -172,7 +172,7 @@ class PartnerRadii:
         self._boxes = [(np.log(k.min()) - 0.005, np.log(k.max()) + 0.005) for k in kappas]
 
         def values(x: FloatArray, y: FloatArray) -> FloatArray:
-            first, second = (np.exp(low + 0.5 * (high - low) * (1 + t)) for t, (low, high) in zip((x, y), self._boxes))
+            first, second = (np.exp(low + 0.5 * (high - low) * (1 + t)) for t, (low, high) in zip((x, y), self._boxes, strict=True))
             radius = partner_radius(level, first[:, None], second, dim)
             return np.log(2.0) + 2.0 * np.log(np.sin(0.5 * radius))
 

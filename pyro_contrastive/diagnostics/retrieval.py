@@ -158,7 +158,7 @@ def credible_sets(
     query_mean, query_kappa = _posteriors("queries", queries)
     num, dim = query_mean.shape
     if isinstance(gallery, Tensor | np.ndarray):
-        item_mean, item_kappa = _points("gallery", torch.as_tensor(gallery)), None
+        item_mean, item_kappa = unit_points("gallery", torch.as_tensor(gallery)), None
     elif isinstance(gallery, VonMisesFisher) and family == "vmf":
         item_mean, item_kappa = _posteriors("gallery", gallery)
     else:
@@ -171,7 +171,7 @@ def credible_sets(
         raise ValueError(f"`queries` and `gallery` must have one dimension, got {dim} and {item_mean.shape[1]}")
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"`alpha` must lie in (0, 1), got {alpha!r}; 0.05 gives sets of 95 %")
-    left_out = _left_out(exclude, num, size)
+    left_out = index_left_out(exclude, num, size)
     backend = _backend(backend, item_mean)
 
     # The edge as log(1 - cosine), one matrix product of (N, terms) and (terms, M) in float64.
@@ -198,7 +198,7 @@ def credible_sets(
             mean = _take(query_mean, chunk).to(block)
             widest = np.exp(edge_rows[chunk] @ edge_columns[0]) * (1.0 + 1e-4)  # the first item is the least sure
             query, item, cosine = search(_float32(mean), 1.0 - widest - margin)
-            for part in _pieces(len(query), edge_columns.shape[1]):
+            for part in _pieces(len(query), max(edge_columns.shape[1], dim)):
                 q, i, c = query[part], item[part], cosine[part]
                 edge = np.exp(np.einsum("st,st->s", edge_rows[chunk[q]], edge_columns[i]))
                 beyond = 1.0 - c.astype(np.float64) - edge
@@ -275,12 +275,13 @@ def _versine(queries: Tensor, items: Tensor, query: IntArray, item: IntArray) ->
     return (0.5 * difference.square().sum(-1)).cpu().numpy()
 
 
-def _pieces(length: int, terms: int) -> list[slice]:
-    step = max(_ENTRIES // terms, 1)
+def _pieces(length: int, width: int) -> list[slice]:
+    """Runs of candidates with at most `_ENTRIES` numbers, at `width` each."""
+    step = max(_ENTRIES // width, 1)
     return [slice(start, start + step) for start in range(0, max(length, 1), step)]
 
 
-def _points(name: str, vectors: Tensor) -> Tensor:
+def unit_points(name: str, vectors: Tensor) -> Tensor:
     vectors = vectors.detach()
     if vectors.dim() != 2 or not len(vectors) or vectors.shape[1] < 2 or not vectors.is_floating_point():
         raise ValueError(
@@ -300,7 +301,7 @@ def _points(name: str, vectors: Tensor) -> Tensor:
 def _posteriors(name: str, law: Any) -> tuple[Tensor, FloatArray]:
     if len(law.batch_shape) != 1:
         raise ValueError(f"`{name}` must have batch shape (N,), got {tuple(law.batch_shape)}; flatten the batch")
-    mean, kappa = _points(name, law.mean_direction), as_array(law.concentration).astype(np.float64)
+    mean, kappa = unit_points(name, law.mean_direction), as_array(law.concentration).astype(np.float64)
     wrong = ~((kappa > 0) & (kappa < np.inf))
     if wrong.any():
         raise ValueError(
@@ -310,7 +311,7 @@ def _posteriors(name: str, law: Any) -> tuple[Tensor, FloatArray]:
     return mean, kappa
 
 
-def _left_out(exclude: ArrayLike | Tensor | None, num: int, size: int) -> IntArray:
+def index_left_out(exclude: ArrayLike | Tensor | None, num: int, size: int) -> IntArray:
     if exclude is None:
         return np.full(num, -1)
     index = as_array(exclude)

@@ -172,7 +172,9 @@ class PartnerRadii:
         self._boxes = [(np.log(k.min()) - 0.005, np.log(k.max()) + 0.005) for k in kappas]
 
         def values(x: FloatArray, y: FloatArray) -> FloatArray:
-            first, second = (np.exp(low + 0.5 * (high - low) * (1 + t)) for t, (low, high) in zip((x, y), self._boxes, strict=True))
+            first, second = (
+                np.exp(low + 0.5 * (high - low) * (1 + t)) for t, (low, high) in zip((x, y), self._boxes, strict=True)
+            )
             radius = partner_radius(level, first[:, None], second, dim)
             return np.log(2.0) + 2.0 * np.log(np.sin(0.5 * radius))
 
@@ -245,7 +247,7 @@ class _Law:
         return self.low + self.half * (1.0 + 0.5 * (low + high))
 
     def _value(self, x: FloatArray) -> FloatArray:
-        return chebyshev.chebval(x, self.series, tensor=False)
+        return np.asarray(chebyshev.chebval(x, self.series, tensor=False), dtype=np.float64)
 
 
 def _laws(first: FloatArray, second: FloatArray, dim: int) -> Any:

@@ -243,8 +243,7 @@ def ranking_scores(
     query_mean, item_mean = unit_points("queries", queries), unit_points("gallery", gallery)
     if query_mean.shape[1] != item_mean.shape[1]:
         raise ValueError(
-            "`queries` and `gallery` must have one dimension, got "
-            f"{query_mean.shape[1]} and {item_mean.shape[1]}"
+            f"`queries` and `gallery` must have one dimension, got {query_mean.shape[1]} and {item_mean.shape[1]}"
         )
     num, size = len(query_mean), len(item_mean)
     own, items = _labels(labels, num, gallery_labels, size)

@@ -246,7 +246,8 @@ def _backend(backend: str, gallery: Tensor) -> Literal["torch", "faiss"]:
     installed = find_spec("faiss") is not None
     if backend == "faiss" and not installed:
         raise ImportError(
-            'backend="faiss" needs faiss: pip install "pyro-contrastive[retrieval]"; backend="torch" gives the same sets'
+            'backend="faiss" needs faiss: pip install "pyro-contrastive[retrieval]"; or pass backend="torch", which '
+            "gives the same sets"
         )
     large = gallery.device.type == "cpu" and len(gallery) >= _FAISS_FROM
     return "faiss" if backend == "faiss" or (backend == "auto" and installed and large) else "torch"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from importlib.util import find_spec
 from itertools import pairwise
 
 import numpy as np
@@ -10,12 +12,19 @@ from scipy import integrate, optimize
 from torch.nn.functional import normalize
 
 from pyro_contrastive.data import SphereWorld
-from pyro_contrastive.diagnostics import cap_area, cap_radius, credible_sets, partner_radius, retrieval
+from pyro_contrastive.diagnostics import (
+    cap_area,
+    cap_radius,
+    credible_sets,
+    partner_radius,
+    partner_sets,
+)
 from pyro_contrastive.distributions import HypersphericalUniform, PowerSpherical, VonMisesFisher
 
+INSIDE = credible_sets.__globals__  # its own module, of which collected doctests may have made a second copy
 BACKENDS = [
     "torch",
-    pytest.param("faiss", marks=pytest.mark.skipif(retrieval.find_spec("faiss") is None, reason="faiss is missing")),
+    pytest.param("faiss", marks=pytest.mark.skipif(find_spec("faiss") is None, reason="faiss is missing")),
 ]
 
 
@@ -45,8 +54,8 @@ def brute_force(queries, mean, radius, exclude=None):
 @pytest.fixture
 def small_steps(monkeypatch):
     """Many blocks, chunks and pieces, with ragged ends."""
-    monkeypatch.setattr(retrieval, "_ENTRIES", 500)
-    monkeypatch.setattr(retrieval, "_ROWS", {"torch": 7, "faiss": 7})
+    monkeypatch.setattr(INSIDE["_search"], "ENTRIES", 500)
+    monkeypatch.setitem(INSIDE, "_ROWS", {"torch": 7, "faiss": 7})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -105,7 +114,7 @@ def test_reduced_matmul_precision_changes_no_set(precision):
     np.testing.assert_array_equal(again.indices, sets.indices)
 
 
-@pytest.mark.skipif(retrieval.find_spec("faiss") is None, reason="faiss is missing")
+@pytest.mark.skipif(find_spec("faiss") is None, reason="faiss is missing")
 @pytest.mark.parametrize("widths", [False, True])
 def test_faiss_and_torch_agree_on_a_larger_gallery(widths):
     q, mean = VonMisesFisher(unit(200, 32, 0), kappas(200, 5.0, 500.0, 1)), unit(30_000, 32, 2)
@@ -165,6 +174,52 @@ def test_known_world_is_covered_as_stated(own_width):
         assert (cap.indices == cap.queries).sum() / n < 0.6
 
 
+@pytest.mark.parametrize("pair_concentration", [math.inf, 20.0])
+def test_partner_sets_are_the_likeliest_items_up_to_the_stated_probability(pair_concentration, monkeypatch):
+    monkeypatch.setattr(INSIDE["_search"], "ENTRIES", 16 * 80 * 7)
+    n, m, dim, alpha = 24, 80, 3, 0.1
+    q = VonMisesFisher(unit(n, dim, 0), kappas(n, 2.0, 60.0, 1))
+    items = VonMisesFisher(unit(m, dim, 2), kappas(m, 2.0, 60.0, 3))
+    sets = partner_sets(q, items, alpha=alpha, pair_concentration=pair_concentration, exclude=np.arange(n))
+    # the evidence by quadrature over the sphere: the nodes carry exp(120 t) to ten digits
+    height, weight = np.polynomial.legendre.leggauss(48)
+    turn = np.linspace(0, 2 * np.pi, 96, endpoint=False)
+    flat = np.sqrt(1 - height**2)[:, None]
+    grid = np.stack([flat * np.cos(turn), flat * np.sin(turn), np.broadcast_to(height[:, None], (48, 96))], -1)
+    grid, weight = grid.reshape(-1, 3), np.repeat(weight, 96) / (2 * 96)
+
+    def density(law):  # relative to the uniform law
+        kappa = law.concentration.double().numpy()
+        mean = normalize(law.mean_direction.double(), dim=-1).numpy()
+        return np.exp(kappa * (grid @ mean.T - 1)) * (2 * kappa / -np.expm1(-2 * kappa))
+
+    partner = density(items)
+    if pair_concentration != math.inf:
+        partner = np.exp(pair_concentration * (grid @ grid.T - 1)) @ (weight[:, None] * partner)
+    evidence = (density(q).T * weight) @ partner
+    evidence[np.arange(n), np.arange(n)] = 0.0
+    for i in range(n):
+        order = np.argsort(-evidence[i])
+        mass = np.cumsum(evidence[i][order]) / evidence[i].sum()
+        assert np.abs(mass - (1 - alpha)).min() > 1e-5  # no tie with the edge that quadrature could decide wrongly
+        assert set(sets[i].tolist()) == set(order[: np.searchsorted(mass, 1 - alpha) + 1].tolist())
+
+
+@pytest.mark.parametrize("pair_concentration", [math.inf, 20.0])
+def test_partner_sets_hold_the_partner_as_often_as_stated(pair_concentration):
+    n, alpha = 1200, 0.2
+    batch = (world := SphereWorld(8, pair_concentration=pair_concentration)).sample(n, seed=12)
+    q, items = world.posterior(batch, 1), world.posterior(batch, 2)
+    sets = partner_sets(q, items, alpha=alpha, pair_concentration=pair_concentration)
+    found = (sets.indices == sets.queries).sum() / n
+    # a set holds 1 - alpha or up to one item more; 4 standard errors: false-alarm rate 3e-5 each (fixed seed)
+    error = 4 * math.sqrt(alpha * (1 - alpha) / n)
+    assert 1 - alpha - error < found < 1 - alpha + error + 0.05
+    assert sets.sizes.min() >= 1
+    wrong = partner_sets(VonMisesFisher(q.mean_direction, 4 * q.concentration), items, alpha=alpha)
+    assert (wrong.indices == wrong.queries).sum() / n < 1 - alpha - error
+
+
 def test_sets_are_nested_in_alpha_and_grow_as_the_query_gets_less_sure():
     mean, gallery = unit(1, 5, 0).expand(20, 5), unit(5000, 5, 1)
     q = VonMisesFisher(mean, torch.logspace(3, -1, 20))
@@ -220,6 +275,9 @@ Q = VonMisesFisher(unit(3, 4, 0), torch.ones(3))
         (lambda: credible_sets(Q, unit(5, 4, 0), exclude=[0, 1, 5]), ValueError, r"in -1..4 .*, 0 to 5"),
         (lambda: credible_sets(Q, unit(5, 4, 0), exclude=[0.0, 1, 2]), ValueError, "of float64"),
         (lambda: credible_sets(Q, unit(5, 4, 0), backend="annoy"), ValueError, '"auto", "torch" or "faiss"'),
+        (lambda: partner_sets(Q, unit(5, 4, 0)), TypeError, "`gallery` must be VonMisesFisher posteriors, got Tensor"),
+        (lambda: partner_sets(Q, Q, pair_concentration=0.0), ValueError, "`pair_concentration` must be > 0"),
+        (lambda: partner_sets(Q, Q, alpha=1.0), ValueError, r"`alpha` must lie in \(0, 1\), got 1.0"),
         (lambda: cap_area(4.0, 3), ValueError, "`radius` must be in"),
         (lambda: credible_sets(Q, unit(5, 4, 0))[3], IndexError, "`query` must be in 0..2, got 3"),
     ],
@@ -230,10 +288,8 @@ def test_errors(call, error, message):
 
 
 def test_missing_faiss_is_told_and_auto_does_without(monkeypatch):
-    monkeypatch.setattr(retrieval, "find_spec", lambda name: None)
-    with pytest.raises(
-        ImportError, match=r'pip install "pyro-contrastive\[retrieval\]"; backend="torch" gives the same'
-    ):
+    monkeypatch.setitem(sys.modules, "faiss", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=r'pip install "pyro-contrastive\[retrieval\]"; or pass backend="torch"'):
         credible_sets(Q, unit(5, 4, 0), backend="faiss")
-    monkeypatch.setattr(retrieval, "_FAISS_FROM", 1)
+    monkeypatch.setitem(INSIDE, "_FAISS_FROM", 1)
     assert len(credible_sets(Q, unit(5, 4, 0))) == 3

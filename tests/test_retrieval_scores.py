@@ -11,7 +11,6 @@ from scipy import stats
 from torch.nn.functional import normalize
 
 from pyro_contrastive import diagnostics as diag
-from pyro_contrastive.diagnostics import retrieval_scores
 from pyro_contrastive.distributions import VonMisesFisher
 
 RNG = np.random.default_rng(0)
@@ -53,7 +52,7 @@ def test_curve_is_the_scores_at_each_alpha():
 
 @pytest.mark.parametrize("entries", [1 << 20, 3 * M])
 def test_ranking_scores_are_those_of_a_loop(entries, monkeypatch):
-    monkeypatch.setattr(retrieval_scores, "_ENTRIES", entries)
+    monkeypatch.setattr(diag.ranking_scores.__globals__["_search"], "ENTRIES", entries)
     mean = QUERIES.mean_direction
     scores = diag.ranking_scores(mean, GALLERY, LABELS, GALLERY_LABELS, exclude=EXCLUDE)
     for i in range(N):

@@ -16,6 +16,7 @@ from pyro_contrastive.diagnostics.calibration import (
     uniformity_pvalue,
 )
 from pyro_contrastive.diagnostics.partner import partner_pit, partner_probability, partner_radius
+from pyro_contrastive.diagnostics.partner_sets import partner_sets
 from pyro_contrastive.diagnostics.plots import (
     plot_accuracy_by_quartile,
     plot_aggregate,
@@ -82,6 +83,7 @@ __all__ = [
     "partner_pit",
     "partner_probability",
     "partner_radius",
+    "partner_sets",
     "plot_accuracy_by_quartile",
     "plot_aggregate",
     "plot_concentration_recovery",

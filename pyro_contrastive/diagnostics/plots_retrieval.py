@@ -133,12 +133,18 @@ def plot_credible_caps(
             right = other[sets.indices[entries]] == own[index]
         for colour, kept, name in ((_BLUE, right, "same label"), (_ORANGE, ~right, "another label")):
             legend = name if row == 0 and own is not None else None
-            ax.plot(angle[entries][kept], np.full(kept.sum(), row), "|", color=colour, markersize=9, label=legend)
+            x = angle[entries][kept]
+            ax.plot(x, np.full(len(x), row), "|", color=colour, markersize=9, markeredgewidth=0.8, label=legend)
     ax.set_yticks(range(len(chosen)), [f"κ = {kappa[i]:.3g}, {sets.sizes[i]} items" for i in chosen])
     ax.set(ylim=(len(chosen) - 0.4, -0.6), xlim=(0, None))
     if own is not None:
-        ax.legend(fontsize=10, frameon=False, loc="upper right")
-    _label(ax, "angle to the query in degrees", "", f"Credible sets of {1 - sets.alpha:.3g} probability")
+        ax.legend(fontsize=10, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _label(
+        ax,
+        "angle to the query in degrees",
+        "",
+        f"Credible sets of {1 - sets.alpha:.3g} probability, from sure to unsure",
+    )
     return ax
 
 

@@ -4,24 +4,37 @@ A *credible set* is an answer whose size says how sure the query is. For a galle
 the highest-density cap of mass 1 - alpha (Kirchhof et al. 2023, arXiv 2302.02865, who take the radius from 10,000
 draws; here it is the quantile of the angle itself). For a gallery of posteriors the width of every item counts as well:
 it holds the items that lie where a *partner* of the query, a second view of the same latent with the item's
-concentration, would lie with probability 1 - alpha (see `partner`). When the posteriors are right, the true latent is
-in the cap, and the true partner in the set, with probability 1 - alpha.
+concentration, would lie with probability 1 - alpha (see `partner`). When the posteriors are right and the latent is
+uniform, the true latent is in the cap, and the true partner in the set, with probability 1 - alpha.
+
+Where the gallery is known to hold the partner, `partner_sets` (in the module of that name) weighs every item by the
+evidence that it is the one. That is what the InfoNCE likelihood is about, and it needs no uniform latent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import special
 from torch import Tensor
 
+from pyro_contrastive.diagnostics import _search
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
+from pyro_contrastive.diagnostics._search import (
+    Candidates,
+    CredibleSets,
+    IntArray,
+    checked_search,
+    collect,
+    posteriors,
+    take,
+    unit_points,
+)
 from pyro_contrastive.diagnostics.calibration import Family, cap_radius
 from pyro_contrastive.diagnostics.partner import PartnerRadii
 from pyro_contrastive.distributions import PowerSpherical, VonMisesFisher
@@ -29,14 +42,10 @@ from pyro_contrastive.ops.precision import matmul
 
 __all__ = ["CredibleSets", "cap_area", "credible_sets"]
 
-IntArray = NDArray[np.int64]
 Backend = Literal["auto", "torch", "faiss"]
-# (queries of a chunk, items of a block, float32 cosine) of everything at or above one bound per query
-Candidates = tuple[IntArray, IntArray, NDArray[np.float32]]
 Search = Callable[[Tensor, FloatArray], Candidates]
 
 _FAMILIES: dict[type, Family] = {VonMisesFisher: "vmf", PowerSpherical: "power_spherical"}
-_ENTRIES = 1 << 23  # cosines, or candidates, of one step: at most a few hundred MiB whatever the sizes
 _ROWS = {"torch": 1024, "faiss": 64}  # queries of one step
 _FAISS_FROM = 100_000  # items
 
@@ -64,50 +73,6 @@ def cap_area(radius: ArrayLike | Tensor, dim: int) -> FloatArray:
     if dim < 2 or not np.all((radius >= 0) & (radius <= np.pi)):
         raise ValueError(f"`radius` must be in [0, pi] radians and `dim` >= 2, got {radius} and {dim!r}")
     return special.betainc(0.5 * (dim - 1), 0.5 * (dim - 1), np.sin(0.5 * radius) ** 2)
-
-
-@dataclass(frozen=True, eq=False)
-class CredibleSets:
-    """Credible sets of N queries in a gallery of M items, as the rows of a sparse matrix (CSR).
-
-    Attributes:
-        indptr: Where each set begins in `indices`, and the end of the last one; shape (N + 1,).
-        indices: Gallery items of all sets, ascending within each; shape (S,) for S members in total.
-        cosines: Cosine between the query's mean direction and each of them, shape (S,), float32.
-        num_items: M.
-        alpha: Probability left out.
-
-    Example:
-        >>> sets = CredibleSets(np.array([0, 2, 2]), np.array([1, 4]), np.array([0.8, 0.9]), num_items=5, alpha=0.05)
-        >>> sets.sizes, sets[0], sets[1]
-        (array([2, 0]), array([4, 1]), array([], dtype=int64))
-    """
-
-    indptr: IntArray
-    indices: IntArray
-    cosines: NDArray[Any]
-    num_items: int
-    alpha: float
-
-    @property
-    def sizes(self) -> IntArray:
-        """Number of items in each set, shape (N,)."""
-        return np.diff(self.indptr)
-
-    @property
-    def queries(self) -> IntArray:
-        """Query that each entry of `indices` belongs to, shape (S,)."""
-        return np.repeat(np.arange(len(self)), self.sizes)
-
-    def __len__(self) -> int:
-        return len(self.indptr) - 1
-
-    def __getitem__(self, query: int) -> IntArray:
-        """Members of one set, the nearest first."""
-        if not 0 <= query < len(self):
-            raise IndexError(f"`query` must be in 0..{len(self) - 1}, got {query!r}")
-        row = slice(self.indptr[query], self.indptr[query + 1])
-        return self.indices[row][np.argsort(-self.cosines[row], kind="stable")]
 
 
 def credible_sets(
@@ -155,23 +120,19 @@ def credible_sets(
             f"`queries` must be VonMisesFisher or PowerSpherical posteriors, got {type(queries).__name__}; for another "
             "family pass VonMisesFisher(mean, kappa) with the torch tensors of `direction_and_concentration(queries)`"
         )
-    query_mean, query_kappa = _posteriors("queries", queries)
+    query_mean, query_kappa = posteriors("queries", queries)
     num, dim = query_mean.shape
     if isinstance(gallery, Tensor | np.ndarray):
         item_mean, item_kappa = unit_points("gallery", torch.as_tensor(gallery)), None
     elif isinstance(gallery, VonMisesFisher) and family == "vmf":
-        item_mean, item_kappa = _posteriors("gallery", gallery)
+        item_mean, item_kappa = posteriors("gallery", gallery)
     else:
         raise TypeError(
             "`gallery` must be unit vectors (M, d), or VonMisesFisher posteriors where the queries are, got "
             f"{type(gallery).__name__} for queries {type(queries).__name__}; pass its mean directions"
         )
     size = len(item_mean)
-    if item_mean.shape[1] != dim:
-        raise ValueError(f"`queries` and `gallery` must have one dimension, got {dim} and {item_mean.shape[1]}")
-    if not 0.0 < alpha < 1.0:
-        raise ValueError(f"`alpha` must lie in (0, 1), got {alpha!r}; 0.05 gives sets of 95 %")
-    left_out = index_left_out(exclude, num, size)
+    left_out = checked_search(query_mean, item_mean, alpha, exclude)
     backend = _backend(backend, item_mean)
 
     # The edge as log(1 - cosine), one matrix product of (N, terms) and (terms, M) in float64.
@@ -186,16 +147,16 @@ def credible_sets(
     query_order = np.argsort(query_kappa, kind="stable")
     item_order = None if item_kappa is None else np.argsort(item_kappa, kind="stable")
     rows = min(_ROWS[backend], num)
-    columns = max(_ENTRIES // rows, 1)
+    columns = max(_search.ENTRIES // rows, 1)
 
     parts: list[Candidates] = []
     for start in range(0, size, columns):
         items = np.arange(start, min(start + columns, size)) if item_order is None else item_order[start:][:columns]
-        block = item_mean[start : start + columns] if item_order is None else _take(item_mean, items)
+        block = item_mean[start : start + columns] if item_order is None else take(item_mean, items)
         edge_columns = np.ones((len(items), 1)) if item_kappa is None else radii.columns(item_kappa[items])
         search = (_search_torch if backend == "torch" else _search_faiss)(_float32(block))
         for chunk in np.array_split(query_order, -(-num // rows)):
-            mean = _take(query_mean, chunk).to(block)
+            mean = take(query_mean, chunk).to(block)
             widest = np.exp(edge_rows[chunk] @ edge_columns[0]) * (1.0 + 1e-4)  # the first item is the least sure
             query, item, cosine = search(_float32(mean), 1.0 - widest - margin)
             for part in _pieces(len(query), max(edge_columns.shape[1], dim)):
@@ -208,10 +169,7 @@ def credible_sets(
                 inside &= items[i] != left_out[chunk[q]]
                 parts.append((chunk[q[inside]], items[i[inside]], c[inside]))
 
-    query, item, cosine = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    order = np.lexsort((item, query))
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(query, minlength=num))])
-    return CredibleSets(indptr, item[order], cosine[order], size, alpha)
+    return collect(parts, num, size, alpha)
 
 
 def _search_torch(block: Tensor) -> Search:
@@ -265,60 +223,14 @@ def _float32(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors, dim=-1).float().contiguous()
 
 
-def _take(vectors: Tensor, index: IntArray) -> Tensor:
-    return vectors[torch.from_numpy(index).to(vectors.device)]
-
-
 def _versine(queries: Tensor, items: Tensor, query: IntArray, item: IntArray) -> FloatArray:
     """1 - cosine of pairs in float64, accurate at small angles."""
-    a, b = (_take(vectors, index).double() for vectors, index in ((queries, query), (items, item)))
+    a, b = (take(vectors, index).double() for vectors, index in ((queries, query), (items, item)))
     difference = torch.nn.functional.normalize(a, dim=-1) - torch.nn.functional.normalize(b, dim=-1)
     return (0.5 * difference.square().sum(-1)).cpu().numpy()
 
 
 def _pieces(length: int, width: int) -> list[slice]:
-    """Runs of candidates with at most `_ENTRIES` numbers, at `width` each."""
-    step = max(_ENTRIES // width, 1)
+    """Runs of candidates with at most `_search.ENTRIES` numbers, at `width` each."""
+    step = max(_search.ENTRIES // width, 1)
     return [slice(start, start + step) for start in range(0, max(length, 1), step)]
-
-
-def unit_points(name: str, vectors: Tensor) -> Tensor:
-    vectors = vectors.detach()
-    if vectors.dim() != 2 or not len(vectors) or vectors.shape[1] < 2 or not vectors.is_floating_point():
-        raise ValueError(
-            f"`{name}` must hold at least one vector, floating point, of shape (M, d) with d >= 2, got "
-            f"{tuple(vectors.shape)} of {vectors.dtype}"
-        )
-    norms = torch.linalg.vector_norm(vectors, dim=-1)
-    wrong = ~((norms - 1.0).abs() <= 1e-3)  # written so that NaN counts as wrong
-    if bool(wrong.any()):
-        raise ValueError(
-            f"`{name}` must hold finite unit vectors, got a norm of {norms[wrong][0].item():.4g} "
-            f"({int(wrong.sum())} of {len(norms)}); normalise over the last dimension"
-        )
-    return vectors
-
-
-def _posteriors(name: str, law: Any) -> tuple[Tensor, FloatArray]:
-    if len(law.batch_shape) != 1:
-        raise ValueError(f"`{name}` must have batch shape (N,), got {tuple(law.batch_shape)}; flatten the batch")
-    mean, kappa = unit_points(name, law.mean_direction), as_array(law.concentration).astype(np.float64)
-    wrong = ~((kappa > 0) & (kappa < np.inf))
-    if wrong.any():
-        raise ValueError(
-            f"`{name}` must have concentrations > 0 and finite, got {kappa[wrong][0]:.4g} ({wrong.sum()} of "
-            f"{len(kappa)}); a posterior of concentration 0 says nothing, leave it out"
-        )
-    return mean, kappa
-
-
-def index_left_out(exclude: ArrayLike | Tensor | None, num: int, size: int) -> IntArray:
-    if exclude is None:
-        return np.full(num, -1)
-    index = as_array(exclude)
-    if index.shape != (num,) or index.dtype.kind not in "iu" or np.any((index < -1) | (index >= size)):
-        raise ValueError(
-            f"`exclude` must be {num} integers, one per query, in -1..{size - 1} (-1: none), got shape {index.shape} "
-            f"of {index.dtype}" + (f", {index.min()} to {index.max()}" if index.size else "")
-        )
-    return index.astype(np.int64)

@@ -14,9 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 from torch import Tensor
 
+from pyro_contrastive.diagnostics import _search
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
+from pyro_contrastive.diagnostics._search import CredibleSets, index_left_out, unit_points
 from pyro_contrastive.diagnostics.alignment import spearman_correlation
-from pyro_contrastive.diagnostics.retrieval import Backend, CredibleSets, credible_sets, index_left_out, unit_points
+from pyro_contrastive.diagnostics.retrieval import Backend, credible_sets
 from pyro_contrastive.ops.precision import matmul
 
 __all__ = [
@@ -31,8 +33,6 @@ __all__ = [
     "risk_coverage",
     "size_correlation",
 ]
-
-_ENTRIES = 1 << 23  # cosines held at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +252,7 @@ def ranking_scores(
     depth = max(int(relevant.max()), 1)
     ranks = np.arange(1, depth + 1)
     correct, average = np.zeros(num, dtype=bool), np.full(num, np.nan)
-    rows = max(_ENTRIES // size, 1)
+    rows = max(_search.ENTRIES // size, 1)
     for chunk in (slice(start, min(start + rows, num)) for start in range(0, num, rows)):
         cosine = matmul(query_mean[chunk].to(item_mean), item_mean.mT)
         hidden = np.flatnonzero(left_out[chunk] >= 0)

@@ -1,6 +1,6 @@
 """Credible sets of 1,000 queries in a gallery of 1,000,000 items, torch against faiss, in one run.
 
-    python -m benchmarks.retrieval [--quick] [--items 1000000] [--rounds 3] [--threads 1] [--out FILE]
+    python -m benchmarks.retrieval [--quick] [--items 1000000] [--gallery points posteriors] [--rounds 3] [--threads 1] [--out FILE]
 
 The floor is the bare matrix product of all cosines, in the same blocks; every ratio is to it. "points" is a gallery of
 directions (one cap per query), "posteriors" one with its own concentrations (another edge for every pair). The figure
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--concentration", type=float, nargs=2, default=(50.0, 400.0), metavar=("LOW", "HIGH"))
+    parser.add_argument("--gallery", nargs="+", choices=("points", "posteriors"), default=("points", "posteriors"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of torch and faiss (default 1)")
     parser.add_argument("--seed", type=int, default=0)
@@ -75,7 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
         found[f"{name}, {backend}"] = credible_sets(queries, gallery, backend=backend)
 
     tasks: dict[str, Callable[[], object]] = {"matrix product": product}
-    for name, gallery in (("points", items.mean_direction), ("posteriors", items)):
+    for name in options.gallery:
+        gallery = items if name == "posteriors" else items.mean_direction
         for backend in backends:
             tasks[f"{name}, {backend}"] = lambda n=name, g=gallery, b=backend: search(n, g, b)
     seconds = medians(tasks, options.rounds, cpu, "credible sets")

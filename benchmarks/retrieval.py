@@ -1,6 +1,6 @@
 """Credible sets of 1,000 queries in a gallery of 1,000,000 items, torch against faiss, in one run.
 
-    python -m benchmarks.retrieval [--quick] [--items 1000000] [--gallery points posteriors] [--rounds 3] [--threads 1] [--out FILE]
+    python -m benchmarks.retrieval [--quick] [--items 1000000] [--gallery points posteriors] [--rounds 3]
 
 The floor is the bare matrix product of all cosines, in the same blocks; every ratio is to it. "points" is a gallery of
 directions (one cap per query), "posteriors" one with its own concentrations (another edge for every pair). The figure

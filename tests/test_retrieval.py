@@ -55,7 +55,7 @@ def brute_force(queries, mean, radius, exclude=None):
 def small_steps(monkeypatch):
     """Many blocks, chunks and pieces, with ragged ends."""
     monkeypatch.setattr(INSIDE["_search"], "ENTRIES", 500)
-    monkeypatch.setitem(INSIDE, "_ROWS", {"torch": 7, "faiss": 7})
+    monkeypatch.setitem(INSIDE, "_ROWS", 7)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -274,7 +274,7 @@ Q = VonMisesFisher(unit(3, 4, 0), torch.ones(3))
         (lambda: credible_sets(Q, unit(5, 4, 0), exclude=[0, 1]), ValueError, "`exclude` must be 3 integers"),
         (lambda: credible_sets(Q, unit(5, 4, 0), exclude=[0, 1, 5]), ValueError, r"in -1..4 .*, 0 to 5"),
         (lambda: credible_sets(Q, unit(5, 4, 0), exclude=[0.0, 1, 2]), ValueError, "of float64"),
-        (lambda: credible_sets(Q, unit(5, 4, 0), backend="annoy"), ValueError, '"auto", "torch" or "faiss"'),
+        (lambda: credible_sets(Q, unit(5, 4, 0), backend="annoy"), ValueError, '"torch" or "faiss", got'),
         (lambda: partner_sets(Q, unit(5, 4, 0)), TypeError, "`gallery` must be VonMisesFisher posteriors, got Tensor"),
         (lambda: partner_sets(Q, Q, pair_concentration=0.0), ValueError, "`pair_concentration` must be > 0"),
         (lambda: partner_sets(Q, Q, alpha=1.0), ValueError, r"`alpha` must lie in \(0, 1\), got 1.0"),
@@ -287,9 +287,8 @@ def test_errors(call, error, message):
         call()
 
 
-def test_missing_faiss_is_told_and_auto_does_without(monkeypatch):
+def test_missing_faiss_is_told_and_the_default_does_without(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)  # as if it were not installed
     with pytest.raises(ImportError, match=r'pip install "pyro-contrastive\[retrieval\]"; or pass backend="torch"'):
         credible_sets(Q, unit(5, 4, 0), backend="faiss")
-    monkeypatch.setitem(INSIDE, "_FAISS_FROM", 1)
     assert len(credible_sets(Q, unit(5, 4, 0))) == 3

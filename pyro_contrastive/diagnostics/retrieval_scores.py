@@ -116,7 +116,7 @@ def credible_curve(
     *,
     alphas: ArrayLike = (0.9, 0.5, 0.2, 0.1, 0.05, 0.01, 0.001),
     exclude: ArrayLike | Tensor | None = None,
-    backend: Backend = "auto",
+    backend: Backend = "torch",
 ) -> CredibleCurve:
     """Class precision and recall against the size of the credible sets, by varying alpha.
 

@@ -122,6 +122,6 @@ if __name__ == "__main__":
     from _options import finish, parse
 
     args = parse(__doc__ or "")
-    steps = (100, 100) if args.small else (2_000, 1_500)
+    steps = (30, 30) if args.small else (2_000, 1_500)
     figures = sphere(steps[0], args.seed, args.device) | digits(steps[1], args.seed, args.device, args.out)
     finish(figures, args.out)

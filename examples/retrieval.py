@@ -79,11 +79,11 @@ def digits(steps: int, seed: int, device: str, out: Path | None) -> dict[str, fl
         "digits_excess_aurc": by_width.excess_aurc,
     }
     if out is not None:
-        sets = diag.credible_sets(queries, gallery)
-        wide = {"labels": labels, "gallery_labels": train_labels}
+        caps, kappa = diag.credible_sets(queries, gallery.mean_direction), queries.concentration
+        names = {"labels": labels, "gallery_labels": train_labels}
         pictures = {
-            "credible_sets": diag.plot_credible_sets(sets, queries.concentration, damaged, train, **wide),
-            "credible_caps": diag.plot_credible_caps(sets, queries.concentration, **wide),
+            "credible_sets": diag.plot_credible_sets(caps, kappa, damaged, train, **names),
+            "credible_caps": diag.plot_credible_caps(caps, kappa, diag.cap_radius(0.95, kappa, dim=16), **names),
             "risk_coverage": diag.plot_risk_coverage({"by concentration": by_width}),
         }
         save(pictures, out)

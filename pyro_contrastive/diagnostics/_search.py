@@ -68,6 +68,7 @@ class CredibleSets:
 
 
 def collect(parts: list[Candidates], num: int, size: int, alpha: float) -> CredibleSets:
+    """Sorts the members of all steps, (query, item, cosine) each, into the sets of `num` queries in `size` items."""
     query, item, cosine = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     order = np.lexsort((item, query))
     indptr = np.concatenate([[0], np.cumsum(np.bincount(query, minlength=num))])
@@ -75,10 +76,16 @@ def collect(parts: list[Candidates], num: int, size: int, alpha: float) -> Credi
 
 
 def take(vectors: Tensor, index: IntArray) -> Tensor:
+    """Rows of `vectors`, on their device."""
     return vectors[torch.from_numpy(index).to(vectors.device)]
 
 
 def unit_points(name: str, vectors: Tensor) -> Tensor:
+    """Returns the detached vectors (M, d), M >= 1, after checking that they are finite and of unit length to 1e-3.
+
+    Raises:
+        ValueError: If they are not.
+    """
     vectors = vectors.detach()
     if vectors.dim() != 2 or not len(vectors) or vectors.shape[1] < 2 or not vectors.is_floating_point():
         raise ValueError(
@@ -96,6 +103,11 @@ def unit_points(name: str, vectors: Tensor) -> Tensor:
 
 
 def posteriors(name: str, law: Any) -> tuple[Tensor, FloatArray]:
+    """Mean directions (N, d) and concentrations (N,) of a distribution with one batch dimension.
+
+    Raises:
+        ValueError: If there is another number of them, or a concentration is not > 0 and finite.
+    """
     if len(law.batch_shape) != 1:
         raise ValueError(f"`{name}` must have batch shape (N,), got {tuple(law.batch_shape)}; flatten the batch")
     mean, kappa = unit_points(name, law.mean_direction), as_array(law.concentration).astype(np.float64)
@@ -109,6 +121,11 @@ def posteriors(name: str, law: Any) -> tuple[Tensor, FloatArray]:
 
 
 def checked_search(queries: Tensor, gallery: Tensor, alpha: float, exclude: ArrayLike | Tensor | None) -> IntArray:
+    """Checks dimensions and alpha, and returns the item that each query must not find, -1 for none.
+
+    Raises:
+        ValueError: If one does not fit.
+    """
     if queries.shape[1] != gallery.shape[1]:
         raise ValueError(
             f"`queries` and `gallery` must have one dimension, got {queries.shape[1]} and {gallery.shape[1]}"
@@ -119,6 +136,11 @@ def checked_search(queries: Tensor, gallery: Tensor, alpha: float, exclude: Arra
 
 
 def index_left_out(exclude: ArrayLike | Tensor | None, num: int, size: int) -> IntArray:
+    """Returns the item that each of `num` queries must not find among `size`, shape (num,), -1 for none.
+
+    Raises:
+        ValueError: If the shape, the dtype or an index is wrong.
+    """
     if exclude is None:
         return np.full(num, -1)
     index = as_array(exclude)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from pyro_contrastive.diagnostics import representation
 
@@ -73,9 +74,31 @@ def test_effect_sizes_do_not_grow_with_the_number_of_points():
     assert large.mean_resultant_length == pytest.approx(small.mean_resultant_length, rel=0.2)
 
 
+def test_risk_coverage_against_a_loop():
+    rng = np.random.default_rng(0)
+    kappa, correct = rng.permutation(50).astype(float), rng.random(50) < 0.7
+    curve = representation.risk_coverage(torch.tensor(kappa), torch.tensor(correct))
+    for k in range(1, 51):
+        surest = sorted(range(50), key=lambda i: -kappa[i])[:k]
+        assert curve.coverage[k - 1] == pytest.approx(k / 50)
+        assert curve.risk[k - 1] == pytest.approx(sum(not correct[i] for i in surest) / k)
+    assert curve.area == pytest.approx(curve.risk.mean())
+    perfect = representation.risk_coverage(correct + 0.1 * rng.random(50), correct)
+    assert perfect.area == pytest.approx(curve.best_area) and curve.best_area < curve.area
+
+
+def test_uninformative_concentrations_have_the_error_rate_as_area_on_average():
+    rng = np.random.default_rng(1)
+    correct = np.arange(200) < 140
+    areas = [representation.risk_coverage(rng.permutation(200), correct).area for _ in range(400)]
+    assert abs(np.mean(areas) - 0.3) < 5 * np.std(areas) / 20  # 5 standard errors: false alarms 6e-7
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: representation.risk_coverage(np.ones(3), np.ones(2)), r"got shapes \(3,\) and \(2,\)"),
+        (lambda: representation.risk_coverage(np.full(4, np.nan), np.ones(4)), "without NaN"),
         (lambda: representation.knn_accuracy(np.eye(3), np.arange(3), np.eye(3), np.arange(3)), "`k` must be in 1..3"),
         (lambda: representation.knn_accuracy(np.eye(3), np.arange(3), np.eye(3), np.arange(2), k=1), "`labels`"),
         (lambda: representation.accuracy_by_quartile(np.ones(3), np.ones(3)), "one length >= 4"),

@@ -59,7 +59,8 @@ def load_cifar10h(
         path: A ``.npz`` file with the arrays ``x_test`` (uint8 ``[N, 32, 32, 3]``), ``y_test`` and ``human_counts``
             (``[N, 10]``), or the root folder of ``torchvision.datasets.CIFAR10``.
         counts: The answers as counts or shares, ``[N, 10]`` in the order of the test part: a ``.npy`` file, or a
-            ``.npz`` file with the array ``counts`` or ``human_counts``. Needed for a folder; replaces ``human_counts`` of an npz file.
+            ``.npz`` file with the array ``counts`` or ``human_counts``. Needed for a folder; in the place of
+            ``human_counts`` for an npz file.
         train: Also read the 50,000 training images (``x_train``, ``y_train``).
         download: Let torchvision fetch CIFAR-10 into the folder. The answers are never fetched.
 
@@ -88,7 +89,10 @@ def load_cifar10h(
         if not Path(counts).exists():
             raise FileNotFoundError(f"{counts} does not exist; {_COUNTS}")
         found = _read(Path(counts))
-        arrays |= {"human_counts": found[name] for name in ("", "human_counts", "counts") if name in found}
+        names = [name for name in ("", "counts", "human_counts") if name in found]
+        if not names:
+            raise ValueError(f"{counts} must hold the array `counts` [N, 10], got {sorted(found)}; {_COUNTS}")
+        arrays["human_counts"] = found[names[0]]
 
     parts = ("test", "train") if train else ("test",)
     needed = [f"{kind}_{part}" for part in parts for kind in "xy"] + ["human_counts"]
@@ -225,7 +229,8 @@ class SoftLabelPairs(ViewLoader):
     another image, drawn by :func:`sample_partners`.
 
     Negatives are the partners of the other items of the batch: draws from the marginal, which is what the softmax of
-    the InfoNCE likelihood assumes, though some of them show the class of the reference. The published alternative is ``negatives="dissimilar"``: candidate j stays a negative of reference i with probability
+    the InfoNCE likelihood assumes, though some of them show the class of the reference. The published
+    alternative is ``negatives="dissimilar"``: candidate j stays a negative of reference i with probability
     :math:`1 - p_i \cdot p_j`, drawn per batch and handed on as a mask for the model to use.
 
     Args:

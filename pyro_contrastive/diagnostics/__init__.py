@@ -27,18 +27,21 @@ from pyro_contrastive.diagnostics.plots import (
 )
 from pyro_contrastive.diagnostics.report import Picture, Section, image_report, sphere_report, write_html, write_summary
 from pyro_contrastive.diagnostics.representation import (
+    RiskCoverage,
     Uniformity,
     accuracy_by_quartile,
     aggregate_uniformity,
     corruption_correlation,
     knn_accuracy,
     knn_correct,
+    risk_coverage,
 )
 
 __all__ = [
     "AlignmentScore",
     "Coverage",
     "Picture",
+    "RiskCoverage",
     "Section",
     "Uniformity",
     "accuracy_by_quartile",
@@ -64,6 +67,7 @@ __all__ = [
     "plot_pit",
     "procrustes",
     "rank_pit",
+    "risk_coverage",
     "sbc_ranks",
     "sphere_report",
     "to_arviz",

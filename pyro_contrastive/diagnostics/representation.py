@@ -13,12 +13,14 @@ from pyro_contrastive.diagnostics._arrays import FloatArray, as_array, unit_vect
 from pyro_contrastive.diagnostics.alignment import spearman_correlation
 
 __all__ = [
+    "RiskCoverage",
     "Uniformity",
     "accuracy_by_quartile",
     "aggregate_uniformity",
     "corruption_correlation",
     "knn_accuracy",
     "knn_correct",
+    "risk_coverage",
 ]
 
 
@@ -114,6 +116,55 @@ def corruption_correlation(concentration: ArrayLike | torch.Tensor, level: Array
         ValueError: If shapes differ or a value is NaN.
     """
     return spearman_correlation(as_array(concentration), -as_array(level))
+
+
+@dataclass(frozen=True)
+class RiskCoverage:
+    """How often one is wrong when only the surest items are answered.
+
+    Attributes:
+        coverage: Share of the items answered, 1/N, 2/N, ..., 1; shape (N,).
+        risk: Share of mistakes among them, shape (N,); the last entry is the error rate.
+        area: Mean risk (AURC). The error rate if the concentration says nothing about mistakes, on average.
+        best_area: The area if every mistake were less sure than every hit: the lowest at this error rate.
+    """
+
+    coverage: FloatArray
+    risk: FloatArray
+    area: float
+    best_area: float
+
+
+def risk_coverage(concentration: ArrayLike | torch.Tensor, correct: ArrayLike | torch.Tensor) -> RiskCoverage:
+    """Risk-coverage curve: mistakes among the k most concentrated items, for every k.
+
+    Geifman & El-Yaniv 2017, arXiv 1705.08500; the area is that of Geifman et al. 2019, arXiv 1805.08206.
+
+    Args:
+        concentration: Concentrations, shape (N,); infinities are the surest. Equal ones stay in the order given.
+        correct: Booleans, shape (N,).
+
+    Returns:
+        The curve and its area.
+
+    Raises:
+        ValueError: If shapes differ, a concentration is NaN, or there is no item.
+
+    Example:
+        >>> curve = risk_coverage([8.0, 4.0, 2.0, 1.0], [True, True, False, True])
+        >>> curve.risk.tolist()[1:], curve.area > curve.best_area
+        ([0.0, 0.3333333333333333, 0.25], True)
+    """
+    kappa, hits = as_array(concentration), as_array(correct).astype(bool)
+    if kappa.ndim != 1 or kappa.shape != hits.shape or len(kappa) < 1 or np.isnan(kappa).any():
+        raise ValueError(
+            "`concentration` and `correct` must be vectors of one length >= 1 without NaN, "
+            f"got shapes {kappa.shape} and {hits.shape}"
+        )
+    count = np.arange(1, len(hits) + 1)
+    risk = np.cumsum(~hits[np.argsort(-kappa, kind="stable")]) / count
+    best = np.cumsum(~np.sort(hits)[::-1]) / count
+    return RiskCoverage(count / len(hits), risk, float(risk.mean()), float(best.mean()))
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,13 @@ from pyro_contrastive.factors import infonce_log_ratio, log_ratio_factor
 from pyro_contrastive.fit import fit, pick_device
 from pyro_contrastive.ops.random import derived_seed, seeded
 
+SMALL: dict[str, Any] = {"width": 16, "pool": True, "batch_size": 256, "steps": [400], "lr": [3e-3], "folds": [0, 1]}
+FULL: dict[str, Any] = {"width": 64, "pool": False, "lr": [1e-3], "folds": [0, 1, 2, 3, 4]}
 DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {  # by variant and --small
-    ("soft", True): {"width": 16, "pool": True, "batch_size": 256, "steps": [500], "folds": [0, 1]},
-    ("self", True): {"width": 16, "pool": True, "batch_size": 256, "steps": [500], "folds": [0, 1]},
-    ("soft", False): {"width": 64, "pool": False, "batch_size": 256, "steps": [7_000], "folds": [0, 1, 2, 3, 4]},
-    ("self", False): {"width": 64, "pool": False, "batch_size": 512, "steps": [40_000], "folds": [0, 1, 2, 3, 4]},
+    ("soft", True): {**SMALL, "dim": [16]},
+    ("self", True): {**SMALL, "dim": [64]},
+    ("soft", False): {**FULL, "dim": [16], "batch_size": 256, "steps": [7_000]},
+    ("self", False): {**FULL, "dim": [64], "batch_size": 512, "steps": [40_000]},
 }
 
 
@@ -64,9 +66,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--evidence", choices=("exact", "moment_matched", "k_sample"), help="default: the best for the concentration")
     add("--negatives", choices=("batch", "dissimilar"), default="batch", help="of `soft`; default: %(default)s")
     add("--concentration", type=float, nargs="+", default=[math.inf], metavar="K", help="of a pair; default: inf")
-    add("--lr", type=float, nargs="+", default=[1e-3], help="default: 0.001")
-    add("--dim", type=int, nargs="+", default=[16], help="of the sphere's ambient space; default: 16")
-    add("--steps", type=int, nargs="+", metavar="N", help="optimiser steps")
+    add("--lr", type=float, nargs="+", help="default: 0.001, with --small 0.003")
+    add("--dim", type=int, nargs="+", metavar="D", help="of the sphere's ambient space; default: 16, for `self` 64")
+    add("--steps", type=int, nargs="+", metavar="N", help="default: 7,000, for `self` 40,000; with --small 400")
     add("--batch-size", type=int, metavar="N", help="pairs")
     add("--width", type=int, metavar="N", help="channels of ResNet-18's first stage: 64, or 16 with --small")
     add("--pool", action=argparse.BooleanOptionalAction, help="max-pool after the 3 x 3 stem: four times faster")

@@ -73,7 +73,7 @@ def test_the_candidate_with_the_highest_validation_evidence_is_scored(example, o
     monkeypatch.setattr(example, "score", lambda guide, *rest: scored.append(guide.dim) or {"recall_at_1": 0.5})
     example.main([*options, "--steps", "1", "--folds", "0", "--dim", "4", "5", "6"])
     done = json.loads((tmp_path / "run" / "fold0.json").read_text())
-    assert done["chosen"] == "kinf-lr0.001-d5-n1" and done["scores"]["validation_evidence"] == 0.3
+    assert done["chosen"] == "kinf-lr0.003-d5-n1" and done["scores"]["validation_evidence"] == 0.3
     assert scored[-1] == 5 and len(done["validation_evidence"]) == 3
 
 

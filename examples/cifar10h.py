@@ -71,7 +71,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, nargs="+", metavar="N", help="default: 7,000, for `self` 40,000; with --small 400")
     add("--batch-size", type=int, metavar="N", help="pairs")
     add("--width", type=int, metavar="N", help="channels of ResNet-18's first stage: 64, or 16 with --small")
-    add("--pool", action=argparse.BooleanOptionalAction, help="max-pool after the 3 x 3 stem: four times faster")
+    add("--pool", action=argparse.BooleanOptionalAction, help="max-pool after the stem: a quarter of the arithmetic")
     add("--bf16", action=argparse.BooleanOptionalAction, help="the encoder in bfloat16; default: on CUDA")
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)

@@ -47,10 +47,10 @@ from pyro_contrastive.ops.random import derived_seed, seeded
 SMALL: dict[str, Any] = {"width": 16, "pool": True, "batch_size": 256, "steps": [400], "lr": [3e-3], "folds": [0, 1]}
 FULL: dict[str, Any] = {"width": 64, "pool": False, "lr": [1e-3], "folds": [0, 1, 2, 3, 4]}
 DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {  # by variant and --small
-    ("soft", True): {**SMALL, "dim": [16]},
-    ("self", True): {**SMALL, "dim": [64]},
-    ("soft", False): {**FULL, "dim": [16], "batch_size": 256, "steps": [7_000]},
-    ("self", False): {**FULL, "dim": [64], "batch_size": 512, "steps": [40_000]},
+    ("soft", True): {**SMALL, "dim": [16], "centre": False},
+    ("self", True): {**SMALL, "dim": [64], "centre": True},
+    ("soft", False): {**FULL, "dim": [16], "centre": False, "batch_size": 256, "steps": [7_000]},
+    ("self", False): {**FULL, "dim": [64], "centre": True, "batch_size": 512, "steps": [40_000]},
 }
 
 
@@ -72,6 +72,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, metavar="N", help="pairs")
     add("--width", type=int, metavar="N", help="channels of ResNet-18's first stage: 64, or 16 with --small")
     add("--pool", action=argparse.BooleanOptionalAction, help="max-pool after the stem: a quarter of the arithmetic")
+    add("--centre", action=argparse.BooleanOptionalAction, help="batch-normalise the features; default: for `self`")
     add("--bf16", action=argparse.BooleanOptionalAction, help="the encoder in bfloat16; default: on CUDA")
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
@@ -87,7 +88,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 class Encoder(nn.Sequential):
     """ResNet-18 of any width with a 3 x 3 stem for small images, ``(N, 3, H, W) -> (N, 8 width)``."""
 
-    def __init__(self, width: int, *, pool: bool = False, bf16: bool = False) -> None:
+    def __init__(self, width: int, *, pool: bool = False, centre: bool = False, bf16: bool = False) -> None:
         from torchvision.models.resnet import BasicBlock
         from torchvision.transforms.v2 import Normalize
 
@@ -109,6 +110,7 @@ class Encoder(nn.Sequential):
             *stage(4 * width, 8 * width, 2),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
+            nn.BatchNorm1d(8 * width) if centre else nn.Identity(),
         )
         self.bf16 = bf16
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -226,7 +228,7 @@ def run_fold(data: Cifar10H, fold: int, args: argparse.Namespace) -> dict[str, A
     for concentration, lr, dim, steps in itertools.product(args.concentration, args.lr, args.dim, args.steps):
         candidate = f"k{concentration:g}-lr{lr:g}-d{dim}-n{steps}"
         with seeded(derived_seed(args.seed, fold)):
-            guide = guides.VonMisesFisher(Encoder(args.width, pool=args.pool, bf16=args.bf16), dim)
+            guide = guides.VonMisesFisher(Encoder(args.width, pool=args.pool, centre=args.centre, bf16=args.bf16), dim)
         build = SelectedNegatives if args.negatives == "dissimilar" else models.MCInfoNCE
         model = build(guide, concentration=concentration, evidence=args.evidence)
         result = fit(

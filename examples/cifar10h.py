@@ -63,7 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--download", action="store_true", help="let torchvision fetch CIFAR-10 into the folder")
     add("--variant", choices=("soft", "self"), default="soft", help="default: %(default)s")
     add("--folds", type=int, nargs="+", metavar="F", help="folds 0..4; seeds for `self`")
-    add("--evidence", choices=("exact", "moment_matched", "k_sample"), help="default: the best for the concentration")
+    add("--evidence", choices=("exact", "moment_matched", "k_sample"), default="exact", help="default: %(default)s")
     add("--negatives", choices=("batch", "dissimilar"), default="batch", help="of `soft`; default: %(default)s")
     add("--concentration", type=float, nargs="+", default=[math.inf], metavar="K", help="of a pair; default: inf")
     add("--lr", type=float, nargs="+", help="default: 0.001, with --small 0.003")

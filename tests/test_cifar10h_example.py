@@ -42,7 +42,7 @@ def options(tmp_path):
 
 @pytest.mark.parametrize(
     "more",
-    ["--variant self", "--variant soft --negatives dissimilar --bf16", "--concentration 16 --evidence moment_matched"],
+    ["--variant self", "--variant soft --negatives dissimilar --bf16", "--concentration 16 inf"],
 )
 def test_it_writes_a_flat_summary_and_a_table(example, options, tmp_path, more, capsys):
     example.main([*options, "--steps", "2", *more.split()])

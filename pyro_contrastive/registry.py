@@ -52,9 +52,7 @@ DATA = {
     "digits": DataDefaults(
         "1,797 handwritten digits, 8 x 8; views: shift and pixel dropout of known strength", 16, 1_500, 1e-3, math.inf
     ),
-    "sphere": DataDefaults(
-        "SphereWorld: artificial views whose exact posterior is known", 10, 3_000, 2e-3, 20.0
-    ),
+    "sphere": DataDefaults("SphereWorld: artificial views whose exact posterior is known", 10, 3_000, 2e-3, 20.0),
 }
 
 

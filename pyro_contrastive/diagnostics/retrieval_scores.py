@@ -284,12 +284,17 @@ class RiskCoverage:
         return float(self.risk.mean())
 
     @property
-    def excess_aurc(self) -> float:
-        """`aurc` minus that of the best possible order, all mistakes last (Geifman et al. 2019, arXiv 1805.08206)."""
+    def best_aurc(self) -> float:
+        """`aurc` of the best possible order, all mistakes last: the lowest at this error rate."""
         num = len(self.risk)
         kept = np.arange(1, num + 1)
         errors = round(self.risk[-1] * num)
-        return self.aurc - float((np.maximum(kept - (num - errors), 0) / kept).mean())
+        return float((np.maximum(kept - (num - errors), 0) / kept).mean())
+
+    @property
+    def excess_aurc(self) -> float:
+        """`aurc` minus `best_aurc` (Geifman et al. 2019, arXiv 1805.08206)."""
+        return self.aurc - self.best_aurc
 
 
 def risk_coverage(confidence: ArrayLike | Tensor, correct: ArrayLike | Tensor) -> RiskCoverage:

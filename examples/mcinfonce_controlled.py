@@ -1,7 +1,7 @@
-"""The controlled experiments of MCInfoNCE: does an objective recover the true posterior, row by row of the paper's scripts?
+"""The controlled experiments of MCInfoNCE: does an objective recover the true posterior? One row per script.
 
-``python examples/mcinfonce_controlled.py --out runs/controlled`` runs every row with every seed in both worlds, one JSON
-file per run. Files that are there are not run again, so the command can be interrupted and repeated.
+``python examples/mcinfonce_controlled.py --out runs/controlled`` runs every row with every seed in both worlds, and
+writes one JSON file per run. Files that are there are not run again, so it can be interrupted and repeated.
 ``--table FILE.md`` writes the table of what is there and runs nothing.
 """
 

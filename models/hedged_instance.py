@@ -30,8 +30,8 @@ class HedgedInstance(Module):
     draw per particle, the variant of the MCInfoNCE paper) or of the probabilities, inside the log (``"k_sample"``:
     the original hedged instance embedding). All in log space, so a saturated sigmoid costs nothing.
 
-    There is no softmax over the batch and the averages weigh matches and non-matches alike. With ``a = 1``, ``b = 0`` on
-    the unit sphere the probabilities stay within .27 and .73, and the width of the posterior is hardly identified; with
+    There is no softmax over the batch and the averages weigh matches and non-matches alike. With ``a = 1``, ``b = 0``
+    on the unit sphere the probabilities stay within .27 and .73, and the posterior's width is hardly identified; with
     :math:`a = \kappa`, :math:`b = -\log C_d(0)/C_d(\kappa)` they are the odds of a von Mises-Fisher pair against a
     random one. The width is a baseline's, not the aleatoric uncertainty.
 
@@ -47,8 +47,8 @@ class HedgedInstance(Module):
         ValueError: for an argument out of its range; when called, for a batch of one or views of different lengths.
 
     References:
-        Oh et al., "Modeling Uncertainty with Hedged Instance Embeddings", ICLR 2019, arXiv 1810.00319; Kirchhof, Kasneci
-        and Oh, ICML 2023, arXiv 2302.02865, and its public code, whose defaults these are.
+        Oh et al., "Modeling Uncertainty with Hedged Instance Embeddings", ICLR 2019, arXiv 1810.00319; Kirchhof,
+        Kasneci and Oh, ICML 2023, arXiv 2302.02865, and its public code, whose defaults these are.
 
     Example:
         >>> from torch import nn

@@ -28,15 +28,14 @@ _REFERENCES, _PARTNERS_EACH = 8_192, 4  # that a stream draws at once; the partn
 class PairWorld(nn.Module):
     r"""Ambiguous inputs whose posterior is known, and partners chosen by their latents.
 
-    Inputs are :math:`x \sim U[0, 1]^{n}`; two fixed networks say what they show,
-    :math:`z \mid x \sim \mathrm{vMF}(\mu^*(x), \kappa^*(x))`, and the partner of a reference with latent z is an input whose
-    latent z' has, relative to the law :math:`p(z')` of all inputs, the density
+    Inputs are :math:`x \sim U[0, 1]^{n}` and two fixed networks say what they show,
+    :math:`z \mid x \sim \mathrm{vMF}(\mu^*(x), \kappa^*(x))`. The partner of a reference with latent z is an input
+    whose latent :math:`z'` has, relative to the law :math:`p(z')` of all inputs, one of the densities
 
     .. math::
-        \frac{p(z' \mid z)}{p(z')} \propto e^{\kappa_{\mathrm{pair}} z \cdot z'} \quad\text{(kernel)}, \qquad
-        \propto P(Y = 1 \mid z, z') =
-        \frac{e^{\kappa_{\mathrm{pair}} z \cdot z'}}{e^{\kappa_{\mathrm{pair}} z \cdot z'} + C_d(0) / C_d(\kappa_{\mathrm{pair}})}
-        \quad\text{(labelled)}.
+        \frac{p(z' \mid z)}{p(z')} \propto e^{\kappa z \cdot z'} \text{ (kernel)}, \qquad
+        \propto P(Y = 1 \mid z, z') = \frac{e^{\kappa z \cdot z'}}{e^{\kappa z \cdot z'} + C_d(0) / C_d(\kappa)}
+        \text{ (labelled)}, \qquad \kappa = \kappa_{\mathrm{pair}}.
 
     The map need not be invertible. The posterior of the latent of an input, seen alone, is :math:`p(z \mid x)` by
     construction; unlike in :class:`SphereWorld`, the marginal of z is only roughly uniform.

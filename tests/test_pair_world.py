@@ -46,7 +46,7 @@ def test_latents_follow_the_stated_posterior():
     batch = WORLD.sample(2_000, seed=2)
     cosine = (batch.z1 * batch.mean_direction1).sum(-1).double().numpy()
     kappa = batch.concentration1.double().numpy()
-    # on the sphere in three dimensions the cosine has density proportional to exp(kappa t): closed distribution function
+    # in three dimensions the cosine has a density proportional to exp(kappa t): a closed distribution function
     pit = np.expm1(kappa * (cosine + 1)) / np.expm1(2 * kappa)
     assert stats.kstest(pit, "uniform").pvalue > 1e-3  # false alarm over seeds 0.001
     wrong = np.expm1(2 * kappa * (cosine + 1)) / np.expm1(4 * kappa)

@@ -291,6 +291,7 @@ class PairBatches(WorldBatches):
 
     def __init__(self, world: PairWorld, batch_size: int, seed: int) -> None:
         super().__init__(world, batch_size, seed)
+        self._world = world
         self.batches_per_chunk = _PARTNERS_EACH * max(1, _REFERENCES // batch_size)
         self._chunk: tuple[int, Tensor, Tensor] | None = None
 
@@ -298,8 +299,8 @@ class PairBatches(WorldBatches):
         number, position = divmod(self._next, self.batches_per_chunk)
         if self._chunk is None or self._chunk[0] != number:
             references = self.batches_per_chunk * self.batch_size // _PARTNERS_EACH
-            with torch.no_grad(), seeded(derived_seed(self.seed, number), self.world.scale.device):
-                pairs = self.world._draw(references, _PARTNERS_EACH)
+            with torch.no_grad(), seeded(derived_seed(self.seed, number), self._world.scale.device):
+                pairs = self._world._draw(references, _PARTNERS_EACH)
             self._chunk = number, pairs.x1, pairs.x2
         self._next += 1
         rows = slice(position * self.batch_size, (position + 1) * self.batch_size)

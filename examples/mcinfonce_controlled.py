@@ -34,7 +34,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="ROW", help=f"or patterns; of {', '.join(ROWS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N", help="default: 4 to 8")
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=WORLDS, help="default: both")
-    parser.add_argument("--steps", type=int, default=1_500, metavar="N", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=1_000, metavar="N", help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=2e-3, help="of Adam, cosine to zero; default: %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or auto")

@@ -58,7 +58,7 @@ class PairWorld(nn.Module):
     * The partner is drawn from a pool of candidates with the stated weights, instead of by rejection. A finite pool
       flattens the kernel a little where it is sharp against the number of candidates: with 16,384 of them and kappa
       20, the mean cosine of a pair is .8062 instead of .8079 at d = 10, .696 instead of .701 at d = 16, .4920 instead
-      of .4956 at d = 32, and exact to .001 at d = 2, 64 and 128. All pairs drawn at once share the pool: about one
+      of .4956 at d = 32, and right to .002 at d = 2, 64 and 128. All pairs drawn at once share the pool: about one
       row in a hundred has its partner in common with another row of a batch of 256.
 
     Args:

@@ -137,6 +137,7 @@ class PairWorld(nn.Module):
         self.partners = partners
         self.observed_dim = observed_dim
         self.candidates = candidates
+        self._log_partition = float(log_partition(dim, torch.tensor(pair_concentration, dtype=torch.float64)))
         with seeded(derived_seed(seed)):
             self.direction = self._spread_directions(smoothing_steps)
             self.log_width = _perceptron([observed_dim, dim, 1]).requires_grad_(False)
@@ -216,10 +217,8 @@ class PairWorld(nn.Module):
         Returns:
             Shape of ``cosine``, in nats: the kernel ``kappa cos``, or for labelled partners ``log P(Y = 1)``.
         """
-        kappa = cosine.new_tensor(self.pair_concentration)
-        if self.partners == "kernel":
-            return kappa * cosine
-        return logsigmoid(kappa * cosine - log_partition(self.dim, kappa))
+        reach = self.pair_concentration * cosine
+        return reach if self.partners == "kernel" else logsigmoid(reach - self._log_partition)
 
     def _draw(self, num_references: int, partners_each: int = 1) -> SphereBatch:
         """Pairs, ``num_references * partners_each``; rows of one reference are `num_references` apart."""

@@ -224,10 +224,10 @@ class PairWorld(nn.Module):
         """Pairs, ``num_references * partners_each``; rows of one reference are `num_references` apart."""
         x1, mean1, kappa1, z1 = self._inputs(num_references)
         pool = self._inputs(self.candidates)
-        peak = self.log_weight(z1.new_ones(()))
         chosen = []
         for references in z1.split(_TILE):
-            mass = (self.log_weight(references @ pool[-1].mT) - peak).exp_().cumsum(-1)
+            reach = self.log_weight(references @ pool[-1].mT)
+            mass = (reach - reach.amax(-1, keepdim=True)).exp_().cumsum(-1)
             level = mass[:, -1:] * torch.rand(len(mass), partners_each, dtype=mass.dtype, device=mass.device)
             chosen.append(torch.searchsorted(mass, level))
         rows = torch.cat(chosen).clamp_max_(self.candidates - 1).T.flatten()

@@ -2,7 +2,7 @@
 
 ``python examples/mcinfonce_controlled.py --out runs/controlled`` runs every row with every seed in both worlds, and
 writes one JSON file per run. Files that are there are not run again, so it can be interrupted and repeated.
-``--table FILE.md`` writes the table of what is there and runs nothing.
+``--table FILE.md`` writes the tables of what is there, below the text of the page, and runs nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ COLUMNS = {
     "length: Spearman / MAE": ("length_spearman", "length_mae"),
     "caps 50 / 80 / 95 %": ("coverage_50", "coverage_80", "coverage_95"),
 }
+MARKER = "<!-- written by examples/mcinfonce_controlled.py --table -->"
 TITLES = {"pair": "The authors' generator (`data.PairWorld`)", "sphere": "`data.SphereWorld`"}
 
 
@@ -88,6 +89,12 @@ def table(folder: Path, rows: Iterable[str]) -> str:
     return "\n".join(parts)
 
 
+def write_table(file: Path, tables: str) -> None:
+    """Put the tables at the end of a page, below its marker; what stands above is kept."""
+    page = file.read_text() if file.exists() else ""
+    file.write_text(page.partition(MARKER)[0] + MARKER + "\n\n" + tables)
+
+
 def _mean(results: list[dict], key: str) -> str:
     values = [result[key] for result in results if result.get(key) is not None]
     if not values:
@@ -103,4 +110,4 @@ if __name__ == "__main__":
     if arguments.table is None:
         main(arguments)
     else:
-        arguments.table.write_text(table(arguments.out, arguments.rows))
+        write_table(arguments.table, table(arguments.out, arguments.rows))

@@ -118,6 +118,11 @@ def test_runs_resume_and_make_a_table(example, tmp_path, capsys, name):
     assert f"{result['cosine_mae']:.3f}" in row
     assert sum("not run" in line for line in lines) == (4 if name == "injective" else 3)
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    page = tmp_path / "page.md"
+    page.write_text("# Mine\n")
+    for tables in ("first\n", "second\n"):
+        module.write_table(page, tables)
+    assert page.read_text() == f"# Mine\n{module.MARKER}\n\nsecond\n"
 
 
 def test_an_unknown_row_is_refused(example, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import pyro
 import pyro.distributions as pyro_dist
@@ -264,6 +264,14 @@ class SphereWorld(nn.Module):
         return WorldBatches(self, batch_size, seed)
 
 
+class Sampler(Protocol):
+    """A world, as far as :class:`WorldBatches` is concerned."""
+
+    def sample(self, num_pairs: int, seed: int | None = None) -> SphereBatch:
+        """Draw pairs; the same seed gives the same pairs."""
+        ...
+
+
 class WorldBatches:
     """Endless iterator over fresh pairs of a world; see :meth:`SphereWorld.batches`.
 
@@ -276,7 +284,7 @@ class WorldBatches:
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(self, world: SphereWorld, batch_size: int, seed: int) -> None:
+    def __init__(self, world: Sampler, batch_size: int, seed: int) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be >= 1, got {batch_size!r}")
         derived_seed(seed)  # checks it

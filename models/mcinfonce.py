@@ -9,13 +9,20 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_contrastive.factors import check_recognition, infonce_factor, infonce_log_ratio, log_ratio_factor
+from pyro_contrastive.factors import (
+    check_recognition,
+    infonce_factor,
+    infonce_log_ratio,
+    log_ratio_factor,
+    matching_factor,
+)
 from pyro_contrastive.kernels import VonMisesFisherKernel, moment_matched_log_ratio, shared_latent_log_ratio
 from pyro_contrastive.modules import Module
 
 __all__ = ["MCInfoNCE"]
 
 Evidence = Literal["exact", "moment_matched", "k_sample", "elbo"]
+Marginal = Literal["uniform", "empirical"]
 
 
 class MCInfoNCE(Module):
@@ -56,6 +63,10 @@ class MCInfoNCE(Module):
         learn_concentration: learn kappa_pos (only sensible with point embeddings; see the note on identification).
         num_samples: K of ``k_sample``.
         symmetric: average the likelihoods of view 2 given view 1 and of view 1 given view 2.
+        marginal: ``"uniform"``: the aggregate of the recognition laws is uniform on the sphere, as the closed forms
+            assume. ``"empirical"``: it is whatever it is; the factor becomes the likelihood of the whole matching of the
+            batch (:func:`~pyro_contrastive.factors.matching_factor`), from which the marginals cancel. For the closed
+            forms; ``symmetric`` says nothing then.
 
     Raises:
         TypeError: for a guide without ``posterior(x)``.
@@ -83,6 +94,7 @@ class MCInfoNCE(Module):
         learn_concentration: bool = False,
         num_samples: int = 16,
         symmetric: bool = True,
+        marginal: Marginal = "uniform",
     ) -> None:
         super().__init__()
         check_recognition("guide", guide)
@@ -102,6 +114,13 @@ class MCInfoNCE(Module):
                 "evidence 'exact' is closed for concentration=math.inf (views that share one latent), got "
                 f"{concentration!r}; use evidence='moment_matched' or 'k_sample' for a finite pair concentration"
             )
+        if marginal not in get_args(Marginal):
+            raise ValueError(f"`marginal` must be one of {', '.join(get_args(Marginal))}, got {marginal!r}")
+        if marginal == "empirical" and evidence not in ("exact", "moment_matched"):
+            raise ValueError(
+                f"`marginal`='empirical' needs a closed-form evidence, got evidence={evidence!r}; use 'exact' or "
+                "'moment_matched' with guides.VonMisesFisher"
+            )
         if not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"`num_samples` must be an integer >= 1, got {num_samples!r}")
         self.guide = guide
@@ -109,6 +128,7 @@ class MCInfoNCE(Module):
         self.evidence = evidence
         self.num_samples = num_samples
         self.symmetric = symmetric
+        self.marginal = marginal
 
     @property
     def concentration(self) -> Tensor:
@@ -133,7 +153,10 @@ class MCInfoNCE(Module):
                 self._k_sample_factor(posterior1, posterior2)
             else:
                 log_ratios = self.partner_logits(x1, x2, posteriors=(posterior1, posterior2))
-                log_ratio_factor("positive", log_ratios, symmetric=self.symmetric)
+                if self.marginal == "empirical":
+                    matching_factor("positive", log_ratios)
+                else:
+                    log_ratio_factor("positive", log_ratios, symmetric=self.symmetric)
 
     def _k_sample_factor(self, posterior1: Any, posterior2: Any) -> None:
         size = torch.Size((self.num_samples,))

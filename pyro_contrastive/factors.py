@@ -17,7 +17,16 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Distribution
 
-__all__ = ["check_recognition", "infonce_factor", "infonce_log_ratio", "log_ratio_factor", "recognition_factor"]
+from .ops.matching import matching_log_ratio
+
+__all__ = [
+    "check_recognition",
+    "infonce_factor",
+    "infonce_log_ratio",
+    "log_ratio_factor",
+    "matching_factor",
+    "recognition_factor",
+]
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
@@ -92,6 +101,25 @@ def log_ratio_factor(name: str, log_ratios: Tensor, *, symmetric: bool = False) 
     """
     _check_square(f"factor {name!r}", log_ratios)
     return _emit(name, infonce_log_ratio(log_ratios, symmetric=symmetric))
+
+
+def matching_factor(name: str, log_ratios: Tensor) -> Tensor:
+    """Likelihood of the whole matching of the batch, which does not depend on the marginals of the views.
+
+    Where the aggregate of the recognition laws is not uniform on the sphere, a grid of closed-form evidences holds up to
+    a term of each view, and this replaces :func:`log_ratio_factor`.
+
+    Args:
+        name: of the factor site.
+        log_ratios: ``(..., N, N)`` log evidence of all pairs, positives on the diagonal, N >= 3.
+
+    Returns:
+        The emitted value, ``(..., N)`` in nats; see :func:`~pyro_contrastive.ops.matching.matching_log_ratio`.
+
+    Raises:
+        ValueError: if the grid is not square, has fewer than three items, or does not fit the enclosing plate.
+    """
+    return _emit(name, matching_log_ratio(log_ratios))
 
 
 def infonce_factor(name: str, z1: Tensor, z2: Tensor, kernel: Kernel, *, symmetric: bool = False) -> Tensor:

@@ -38,8 +38,9 @@ class AcceptanceWorld(nn.Module):
         concentration: ``(low, high)``: :math:`\kappa^*(x)` is log-uniform on it, ``0 < low < high < inf``.
         pair_concentration: ``kappa_pair > 0``, finite.
         observed_dim: Dimension of the items. None: ``dim``.
-        offset: How far the directions are from centred, ``>= 0``: mean direction of the network's output in units of the
-            root mean square of its variation. At d = 10, 0 gives an aggregate of mean length about 0.1, 0.75 about 0.5.
+        offset: How far the directions are from centred, ``>= 0``: the mean of the network's output in units of the root
+            mean square of its variation. At d = 10, 0 gives an aggregate of mean length 0.05, 0.75 one of 0.5; even
+            then it is far from uniform (its second moments differ by a factor of 7 between axes).
         seed: Seed of the networks, ``>= 0``.
 
     Raises:

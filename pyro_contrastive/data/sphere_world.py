@@ -54,10 +54,12 @@ class SphereWorld(nn.Module):
 
     with ``g`` a fixed, injective random network. Seeing ``x_i`` is therefore seeing ``(m_i, kappa_i)``, and because
     ``z_i`` is uniform and the von Mises-Fisher density is symmetric in its two directions, the posterior of ``z_i`` is
-    *exactly* ``vMF(m_i, kappa_i)``. With ``prior_concentration`` the first latent is not uniform but
-    :math:`z_1 \sim \mathrm{vMF}(e_1, \kappa_0)` around the first axis, and ``vMF(m_1, kappa_1)`` is the *normalised
-    likelihood* of ``z_1``; its posterior has the natural parameter :math:`\kappa_1 m_1 + \kappa_0 e_1`. Calling the world, ``world(num_pairs)``, runs it as a Pyro model: plate
+    *exactly* ``vMF(m_i, kappa_i)``. Calling the world, ``world(num_pairs)``, runs it as a Pyro model: plate
     ``"pairs"``, one site per field of :class:`SphereBatch`.
+
+    With ``prior_concentration`` the first latent is :math:`z_1 \sim \mathrm{vMF}(e_1, \kappa_0)` around the first axis
+    instead of uniform. Then ``vMF(m_1, kappa_1)`` is the *normalised likelihood* of ``z_1``, and its posterior has the
+    natural parameter :math:`\kappa_1 m_1 + \kappa_0 e_1`.
 
     Args:
         dim: Dimension ``d`` of the ambient space, ``>= 2``.
@@ -229,7 +231,7 @@ class SphereWorld(nn.Module):
                 normalised likelihood, 1/2 the law half way between them; all the same for a uniform latent.
 
         Returns:
-            ``vMF(m, kappa)``, batch shape ``(N,)``, with the natural parameter shifted by ``prior_power * kappa_0 e_1``;
+            ``vMF(m, kappa)`` with its natural parameter shifted by ``prior_power * kappa_0 e_1``, batch shape ``(N,)``;
             a point mass (``Delta``) where the views are injective.
 
         Raises:
@@ -247,8 +249,8 @@ class SphereWorld(nn.Module):
             return VonMisesFisher(mean_direction, concentration)
         if view == 2 and self.pair_concentration != math.inf:
             raise ValueError(
-                "with `prior_concentration` > 0 and a finite `pair_concentration` the posterior of the second latent is "
-                "no von Mises-Fisher law; use view=1, or prior_power=0 for its normalised likelihood"
+                "with `prior_concentration` > 0 and a finite `pair_concentration` the posterior of the second latent "
+                "is no von Mises-Fisher law; use view=1, or prior_power=0 for its normalised likelihood"
             )
         return _from_natural(concentration.unsqueeze(-1) * mean_direction + shift * self._axis(mean_direction))
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "all_ratios", "log_partition", "ratio", "ratio_complement"]
+__all__ = ["DTYPES", "all_ratios", "log_partition", "log_ratios", "ratio", "ratio_complement"]
 
 # dtype -> (smallest order at which the expansion is used, number of its terms). The first omitted term is below
 # 1e-14 (float64) and 2e-7 (float32) in absolute value for every x; lower orders are reached by the recurrence.
@@ -183,3 +183,19 @@ def all_ratios(order: float, x: Tensor, n_max: int, derivative: bool) -> Tensor:
         value = value * step[0]
         out.append(slope if derivative else value)
     return torch.stack(out, dim=-1)
+
+
+def log_ratios(order: float, x: Tensor, n_max: int) -> tuple[Tensor, Tensor]:
+    """log a_n and its derivative for n = 0..n_max, each ``(n_max + 1, *x.shape)``, x > 0, infinity included."""
+    r = ratio(order + n_max, x, 0)[0]
+    finite = x.masked_fill(torch.isinf(x), 1.0)
+    ladder = torch.empty(n_max + 1, *x.shape, dtype=x.dtype, device=x.device)
+    ladder[n_max] = r
+    for j in reversed(range(n_max)):
+        ladder[j] = finite / (2 * (order + j + 1) + finite * ladder[j + 1])
+    ladder.masked_fill_(torch.isinf(x), 1.0)
+    values = torch.zeros_like(ladder)
+    torch.cumsum(ladder[:-1].log(), 0, out=values[1:])
+    # r_v'/r_v = 1/x + r_(v+1) - r_v, and the sum telescopes
+    degree = torch.arange(n_max + 1.0, dtype=x.dtype, device=x.device).reshape(-1, *[1] * x.dim())
+    return values, degree / x + ladder - ladder[0]

@@ -161,7 +161,8 @@ class _MatchedLogDensity(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _as_float(x: Tensor, name: str) -> Tensor:
+def check_float(x: Tensor, name: str) -> Tensor:
+    """Return `x` if it is a float32 or float64 tensor; raise TypeError naming it otherwise."""
     if not isinstance(x, Tensor):
         raise TypeError(f"`{name}` must be a tensor, got {type(x).__name__}; wrap it in torch.as_tensor")
     if x.dtype not in _debye.DTYPES:
@@ -195,7 +196,7 @@ def log_iv(order: float, x: Tensor) -> Tensor:
     """
     if order < 0:
         raise ValueError(f"`order` must be >= 0, got {order!r}")
-    x = _as_float(x, "x")
+    x = check_float(x, "x")
     value = _LogPartition.apply(x, float(order), False)
     if order == 0:
         return value
@@ -218,7 +219,7 @@ def log_partition(dim: int, concentration: Tensor) -> Tensor:
     References:
         Mardia and Jupp, Directional Statistics (2000), section 9.3.2.
     """
-    return _LogPartition.apply(_as_float(concentration, "concentration"), _order_of(dim), False)
+    return _LogPartition.apply(check_float(concentration, "concentration"), _order_of(dim), False)
 
 
 def log_partition_scaled(dim: int, concentration: Tensor) -> Tensor:
@@ -231,7 +232,7 @@ def log_partition_scaled(dim: int, concentration: Tensor) -> Tensor:
     Returns:
         Shape of ``concentration``; minus infinity at infinity.
     """
-    return _LogPartition.apply(_as_float(concentration, "concentration"), _order_of(dim), True)
+    return _LogPartition.apply(check_float(concentration, "concentration"), _order_of(dim), True)
 
 
 def bessel_ratio(dim: int, concentration: Tensor) -> Tensor:
@@ -248,7 +249,7 @@ def bessel_ratio(dim: int, concentration: Tensor) -> Tensor:
         >>> bessel_ratio(3, torch.tensor(1.0, dtype=torch.float64))  # coth(1) - 1
         tensor(0.3130, dtype=torch.float64)
     """
-    return _Ratio.apply(_as_float(concentration, "concentration"), _order_of(dim), 0)
+    return _Ratio.apply(check_float(concentration, "concentration"), _order_of(dim), 0)
 
 
 def bessel_ratio_complement(dim: int, concentration: Tensor) -> Tensor:
@@ -261,7 +262,7 @@ def bessel_ratio_complement(dim: int, concentration: Tensor) -> Tensor:
     Returns:
         Shape of ``concentration``, in [0, 1]; 0 at infinity.
     """
-    return _RatioComplement.apply(_as_float(concentration, "concentration"), _order_of(dim))
+    return _RatioComplement.apply(check_float(concentration, "concentration"), _order_of(dim))
 
 
 def bessel_ratios(order: float, x: Tensor, n_max: int) -> Tensor:
@@ -281,7 +282,7 @@ def bessel_ratios(order: float, x: Tensor, n_max: int) -> Tensor:
         raise ValueError(f"`order` must be >= 0, got {order!r}")
     if n_max < 0:
         raise ValueError(f"`n_max` must be >= 0, got {n_max!r}")
-    return _Ratios.apply(_as_float(x, "x"), float(order), int(n_max))
+    return _Ratios.apply(check_float(x, "x"), float(order), int(n_max))
 
 
 def inverse_bessel_ratio(dim: int, rho: Tensor) -> Tensor:
@@ -294,7 +295,7 @@ def inverse_bessel_ratio(dim: int, rho: Tensor) -> Tensor:
     Returns:
         Shape of ``rho``; 0 at 0 and infinity at 1. Differentiable by the implicit function theorem.
     """
-    return _InverseRatio.apply(_as_float(rho, "rho"), _order_of(dim))
+    return _InverseRatio.apply(check_float(rho, "rho"), _order_of(dim))
 
 
 def matched_log_density(dim: int, rho: Tensor, cosine: Tensor) -> Tensor:
@@ -310,4 +311,4 @@ def matched_log_density(dim: int, rho: Tensor, cosine: Tensor) -> Tensor:
     Returns:
         Shape of ``rho``, in nats. Differentiable once.
     """
-    return _MatchedLogDensity.apply(_as_float(rho, "rho"), cosine, _order_of(dim))
+    return _MatchedLogDensity.apply(check_float(rho, "rho"), cosine, _order_of(dim))

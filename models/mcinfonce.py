@@ -64,9 +64,9 @@ class MCInfoNCE(Module):
         num_samples: K of ``k_sample``.
         symmetric: average the likelihoods of view 2 given view 1 and of view 1 given view 2.
         marginal: ``"uniform"``: the aggregate of the recognition laws is uniform on the sphere, as the closed forms
-            assume. ``"empirical"``: it is whatever it is; the factor becomes the likelihood of the whole matching of the
-            batch (:func:`~pyro_contrastive.factors.matching_factor`), from which the marginals cancel. For the closed
-            forms; ``symmetric`` says nothing then.
+            assume. ``"empirical"``: it is whatever it is, and the factor becomes the likelihood of the whole matching
+            of the batch (:func:`~pyro_contrastive.factors.matching_factor`), from which the marginals cancel. Needs a
+            closed-form evidence and batches of 128 or more; ``symmetric`` says nothing then.
 
     Raises:
         TypeError: for a guide without ``posterior(x)``.

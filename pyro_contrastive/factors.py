@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pyro
 from pyro.distributions import Delta
@@ -17,10 +17,14 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Distribution
 
+from .distributions import VonMisesFisher
+from .kernels import PairKernel, expected_pairs
 from .ops.matching import matching_log_ratio
+from .ops.tiles import Pairs, contrast
 
 __all__ = [
     "check_recognition",
+    "expected_infonce_factor",
     "infonce_factor",
     "infonce_log_ratio",
     "log_ratio_factor",
@@ -29,6 +33,7 @@ __all__ = [
 ]
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
+Negatives = Literal["sum", "mean"]
 
 
 def _emit(name: str, value: Tensor) -> Tensor:
@@ -50,64 +55,109 @@ def _emit(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def _check_square(what: str, log_ratios: Tensor) -> None:
-    if log_ratios.dim() < 2 or log_ratios.shape[-1] != log_ratios.shape[-2]:
+def _check_square(what: str, log_ratios: Tensor | Pairs) -> None:
+    shape = log_ratios.shape
+    if len(shape) < 2 or shape[-1] != shape[-2]:
         raise ValueError(
             f"{what} needs the grid (..., N, N) of all pairs of the batch, positives on the diagonal, "
-            f"got {tuple(log_ratios.shape)}"
+            f"got {tuple(shape)}"
         )
-    if log_ratios.shape[-1] < 2:
+    if shape[-1] < 2:
         raise ValueError(
-            f"{what} compares items of a batch and needs at least 2, got {log_ratios.shape[-1]}; "
+            f"{what} compares items of a batch and needs at least 2, got {shape[-1]}; "
             "use a larger batch (drop_last=True in a DataLoader)"
         )
 
 
-def infonce_log_ratio(log_f: Tensor, *, symmetric: bool = False) -> Tensor:
-    r"""Log InfoNCE likelihood of each diagonal pair, :math:`\log f_{ii} - \log \frac1N \sum_j f_{ij}`.
+def infonce_log_ratio(
+    log_f: Tensor | Pairs, *, symmetric: bool = False, negatives: Negatives = "sum", tile: int | None = None
+) -> Tensor:
+    r"""Log InfoNCE likelihood of each diagonal pair against the other pairs of its row.
+
+    .. math::  \log f_{ii} - \log\Big[\pi f_{ii} + (1 - \pi) \frac{1}{N - 1} \sum_{j \ne i} f_{ij}\Big]
+
+    This is the log density ratio of the pair to a mixture in which it belongs together with probability :math:`\pi` and
+    by chance otherwise: zero where f says nothing, and at most :math:`-\log \pi`. ``negatives`` chooses
+    :math:`\pi`, that is how much the N - 1 negatives count together:
+
+    ========  ==========  ====================================================================================
+    ``sum``   pi = 1 / N  each as much as the positive: the softmax over the row, plus log N. At most log N;
+                          for large N an estimate of the log density ratio of the pair to chance alone.
+    ``mean``  pi = 1 / 2  all together as much as the positive, whatever N, as in MCInfoNCE's code: the log of
+                          f_ii / (f_ii + mean of the f_ij), plus log 2. At most log 2.
+    ========  ==========  ====================================================================================
+
+    Only ``sum`` is maximal at the true density ratio r(x, x') for every N. ``mean`` is so for one negative; for many, its
+    maximum has f (1 + f) proportional to r, in the scale where f averages to one over chance pairs: large ratios are
+    compressed towards their square root.
 
     Args:
-        log_f: ``(..., N, N)``, row i against all candidates j, positives on the diagonal.
+        log_f: ``(..., N, N)``, row i against all candidates j, positives on the diagonal; or that grid unevaluated,
+            which is then never kept whole when it is large.
         symmetric: average the row-wise and the column-wise form.
+        negatives: see above.
+        tile: side of the tiles of an unevaluated grid; by default chosen from its size
+            (:func:`~pyro_contrastive.ops.tiles.contrast`).
 
     Returns:
-        ``(..., N)`` in nats, at most log N.
+        ``(..., N)`` in nats.
 
     Raises:
-        ValueError: if the grid is not square or has fewer than two items.
+        ValueError: if the grid is not square or has fewer than two items, for another ``negatives``, or a ``tile`` that
+            is not a positive integer or goes with a grid that exists already.
+
+    Example:
+        >>> import torch
+        >>> log_f = 100 * torch.eye(4)
+        >>> infonce_log_ratio(log_f)[0], infonce_log_ratio(log_f, negatives="mean")[0]  # log 4, log 2
+        (tensor(1.3863), tensor(0.6931))
     """
     _check_square("the InfoNCE likelihood", log_f)
-    size = log_f.shape[-1]
-    positive = log_f.diagonal(dim1=-2, dim2=-1)
-    rows = log_f.logsumexp(-1)
-    if symmetric:
-        rows = 0.5 * (rows + log_f.logsumexp(-2))
-    return positive - rows + math.log(size)
+    if negatives not in get_args(Negatives):
+        raise ValueError(f"`negatives` must be one of {', '.join(get_args(Negatives))}, got {negatives!r}")
+    others = log_f.shape[-1] - 1
+    # the weighted sum is the plain one with log(pi (N - 1) / (1 - pi)) added to the positive, up to a factor
+    shift, log_count = (0.0, math.log(others + 1)) if negatives == "sum" else (math.log(others), math.log(2 * others))
+    positive, total, down = contrast(log_f, symmetric=symmetric, shift=shift, tile=tile)
+    if down is not None:
+        total = 0.5 * (total + down)
+    return positive - total + log_count
 
 
-def log_ratio_factor(name: str, log_ratios: Tensor, *, symmetric: bool = False) -> Tensor:
-    """InfoNCE likelihood from a grid of log ratios whose latents are already integrated out.
+def log_ratio_factor(
+    name: str,
+    log_ratios: Tensor | Pairs,
+    *,
+    symmetric: bool = False,
+    negatives: Negatives = "sum",
+    tile: int | None = None,
+) -> Tensor:
+    """InfoNCE likelihood from log ratios of all pairs, for instance with the latents already integrated out.
 
     Args:
         name: of the factor site.
-        log_ratios: ``(..., N, N)`` log kernel or log evidence of all pairs, positives on the diagonal.
+        log_ratios: ``(..., N, N)`` log kernel or log evidence of all pairs, positives on the diagonal; or that grid
+            unevaluated.
         symmetric: average both directions.
+        negatives: ``"sum"`` or ``"mean"``, see :func:`infonce_log_ratio`.
+        tile: see :func:`infonce_log_ratio`.
 
     Returns:
         The emitted value, ``(..., N)`` in nats.
 
     Raises:
-        ValueError: if the grid is not square, has fewer than two items, or does not fit the enclosing plate.
+        ValueError: if the grid is not square, has fewer than two items, or does not fit the enclosing plate; see
+            :func:`infonce_log_ratio` for the options.
     """
     _check_square(f"factor {name!r}", log_ratios)
-    return _emit(name, infonce_log_ratio(log_ratios, symmetric=symmetric))
+    return _emit(name, infonce_log_ratio(log_ratios, symmetric=symmetric, negatives=negatives, tile=tile))
 
 
 def matching_factor(name: str, log_ratios: Tensor) -> Tensor:
     """Likelihood of the whole matching of the batch, which does not depend on the marginals of the views.
 
-    Where the aggregate of the recognition laws is not uniform on the sphere, a grid of closed-form evidences holds up to
-    a term of each view, and this replaces :func:`log_ratio_factor`.
+    Where the aggregate of the recognition laws is not uniform on the sphere, closed-form evidences hold up to a term of
+    each view, and this replaces :func:`log_ratio_factor`. It keeps grids of all pairs: memory is O(N^2).
 
     Args:
         name: of the factor site.
@@ -122,11 +172,22 @@ def matching_factor(name: str, log_ratios: Tensor) -> Tensor:
     return _emit(name, matching_log_ratio(log_ratios))
 
 
-def infonce_factor(name: str, z1: Tensor, z2: Tensor, kernel: Kernel, *, symmetric: bool = False) -> Tensor:
+def infonce_factor(
+    name: str,
+    z1: Tensor,
+    z2: Tensor,
+    kernel: Kernel,
+    *,
+    symmetric: bool = False,
+    negatives: Negatives = "sum",
+    tile: int | None = None,
+) -> Tensor:
     r"""InfoNCE likelihood of sampled latents: :math:`f(z_i, z'_i) \big/ \frac1N \sum_j f(z_i, z'_j)`.
 
     This is the recognition-parametrised model with the prior P(z) = R(z), P(z'|z) proportional to R(z') f(z, z'):
     all recognition densities cancel (Aitchison and Ganev 2021, arXiv 2107.02495).
+
+    A :class:`~pyro_contrastive.kernels.PairKernel` keeps no grid of a large batch: memory is O(N) beside one tile.
 
     Args:
         name: of the factor site.
@@ -135,18 +196,67 @@ def infonce_factor(name: str, z1: Tensor, z2: Tensor, kernel: Kernel, *, symmetr
         kernel: ``kernel(z1, z2) -> (..., N, N)`` log f, for instance
             :class:`~pyro_contrastive.kernels.VonMisesFisherKernel`.
         symmetric: average the likelihoods of z2 given z1 and of z1 given z2.
+        negatives: ``"sum"`` or ``"mean"``, see :func:`infonce_log_ratio`.
+        tile: side of the tiles, for a `PairKernel`; by default chosen from the size of the batch.
 
     Returns:
         The emitted value, ``(..., N)`` in nats.
 
     Raises:
-        ValueError: for latents of different shapes, a batch of one, or shapes that do not fit the enclosing plate.
+        ValueError: for latents of different shapes, a batch of one, or shapes that do not fit the enclosing plate; see
+            :func:`infonce_log_ratio` for the options.
     """
     if z1.shape[-2:] != z2.shape[-2:] or z1.dim() < 2:
         raise ValueError(
             f"factor {name!r} needs latents of one shape (..., N, d), got {tuple(z1.shape)} and {tuple(z2.shape)}"
         )
-    return log_ratio_factor(name, kernel(z1, z2), symmetric=symmetric)
+    log_f = kernel(z1, z2, lazy=True) if isinstance(kernel, PairKernel) else kernel(z1, z2)
+    return log_ratio_factor(name, log_f, symmetric=symmetric, negatives=negatives, tile=tile)
+
+
+def expected_infonce_factor(
+    name: str,
+    posterior1: VonMisesFisher,
+    posterior2: VonMisesFisher,
+    concentration: float | Tensor = math.inf,
+    *,
+    symmetric: bool = False,
+    negatives: Negatives = "sum",
+    tile: int | None = None,
+) -> Tensor:
+    r"""InfoNCE likelihood of views, their latents integrated out: :math:`E f_{ii} \big/ \frac1N \sum_j E f_{ij}`.
+
+    The latents are z ~ R(.|x_i), z' ~ R(.|x'_j) and the kernel is von Mises-Fisher. No samples: the learned
+    concentrations are widths of P(z|x), relative to the concentration of the pair.
+
+    Args:
+        name: of the factor site.
+        posterior1: von Mises-Fisher recognition law of the first views, batch ``(..., N)``, as returned by
+            ``guide.posterior(x1)``.
+        posterior2: that of the second views, row i the partner of row i.
+        concentration: kappa > 0 of the pair, a number or a scalar tensor; infinite (default) when both views show one
+            latent.
+        symmetric: average both directions.
+        negatives: ``"sum"`` or ``"mean"``, see :func:`infonce_log_ratio`.
+        tile: see :func:`infonce_log_ratio`.
+
+    Returns:
+        The emitted value, ``(..., N)`` in nats.
+
+    Raises:
+        TypeError: for posteriors of another family.
+        ValueError: for a concentration that is not positive, a batch of one, or shapes that do not fit the enclosing
+            plate; see :func:`infonce_log_ratio` for the options.
+
+    Example:
+        >>> import torch
+        >>> q = VonMisesFisher(torch.eye(3), torch.full((3,), 50.0))
+        >>> with pyro.plate("pairs", 3):
+        ...     expected_infonce_factor("positive", q, q)
+        tensor([1.0986, 1.0986, 1.0986])
+    """
+    pairs = expected_pairs(posterior1, posterior2, concentration)
+    return log_ratio_factor(name, pairs, symmetric=symmetric, negatives=negatives, tile=tile)
 
 
 def check_recognition(name: str, guide: Any) -> None:

@@ -1,13 +1,18 @@
 r"""Pair kernels f(z, z'), the unnormalised density of one view's latent given the other's, and their expectations.
 
 A kernel is a callable ``kernel(z1, z2)`` on ``(..., N, d)`` and ``(..., M, d)`` that returns ``log f`` on the grid
-``(..., N, M)``. Only ratios of f matter to the InfoNCE likelihood, so kernels need no normaliser.
+``(..., N, M)``. Only ratios of f matter to the InfoNCE likelihood, so kernels need no normaliser. A :class:`PairKernel`
+can also hand out the grid unevaluated, which lets the factors go through a large one by tiles.
 
 The functions below integrate the von Mises-Fisher kernel over two von Mises-Fisher posteriors. Their values are log
-density ratios: log of p(x, x') / p(x) p(x') under the model, in nats, zero for views that say nothing.
+density ratios: log of p(x, x') / p(x) p(x') under the model, in nats, zero for views that say nothing. Each comes as a
+grid (``*_log_ratio``) and unevaluated (``*_pairs``).
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from pyro.nn import PyroParam
@@ -18,14 +23,63 @@ from .modules import Module
 from .ops.bessel import bessel_ratio, log_partition_scaled, matched_log_density
 from .ops.constraints import scale_parameter
 from .ops.precision import matmul
+from .ops.tiles import Pairs, Tensors
 
-__all__ = ["VonMisesFisherKernel", "moment_matched_log_ratio", "shared_latent_log_ratio"]
+__all__ = [
+    "AnisotropicKernel",
+    "PairKernel",
+    "VonMisesFisherKernel",
+    "expected_pairs",
+    "moment_matched_log_ratio",
+    "moment_matched_pairs",
+    "shared_latent_log_ratio",
+    "shared_latent_pairs",
+]
 
 
 _TINY = 1e-10  # added to a squared concentration: shifts a log ratio by at most 1e-10 / (2 d) nats
 
 
-class VonMisesFisherKernel(Module):
+class PairKernel(Module):
+    """A kernel whose grid can be left unevaluated. Subclasses define :meth:`pairs`.
+
+    Ask for the pairs by calling the module, ``kernel(z1, z2, lazy=True)``: Pyro sees its parameters only in a call.
+
+    Shape:
+        ``(..., N, d), (..., M, d) -> (..., N, M)``.
+
+    Example:
+        >>> class Laplace(PairKernel):
+        ...     def pairs(self, z1, z2):
+        ...         return Pairs(minus_distance, (z1,), (z2,))
+        >>> def minus_distance(rows, columns, shared):
+        ...     return -torch.cdist(rows[0], columns[0])
+        >>> Laplace()(torch.zeros(2, 3), torch.eye(3))
+        tensor([[-1., -1., -1.],
+                [-1., -1., -1.]])
+    """
+
+    def forward(self, z1: Tensor, z2: Tensor, *, lazy: bool = False) -> Tensor | Pairs:
+        """Return log f on the grid of all pairs, or unevaluated.
+
+        Args:
+            z1: ``(..., N, d)``.
+            z2: ``(..., M, d)``.
+            lazy: return :class:`~pyro_contrastive.ops.tiles.Pairs` instead of a tensor.
+        """
+        pairs = self.pairs(z1, z2)
+        return pairs if lazy else pairs.grid()
+
+    def pairs(self, z1: Tensor, z2: Tensor) -> Pairs:
+        """The grid, unevaluated: what each item brings along is computed here, once, and what each pair needs there."""
+        raise NotImplementedError(f"{type(self).__name__} must define pairs(z1, z2)")
+
+
+def _dot(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
+    return matmul(rows[0], columns[0].mT)
+
+
+class VonMisesFisherKernel(PairKernel):
     r"""The von Mises-Fisher kernel, :math:`\log f(z, z') = \kappa\, z \cdot z'`.
 
     Its concentration is the inverse of the "temperature" of contrastive losses.
@@ -54,21 +108,108 @@ class VonMisesFisherKernel(Module):
         else:
             self.register_buffer("concentration", value)
 
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """Return log f on the grid of all pairs."""
-        return self.concentration * matmul(z1, z2.mT)
+    def pairs(self, z1: Tensor, z2: Tensor) -> Pairs:
+        """See :meth:`PairKernel.pairs`."""
+        return Pairs(_dot, (self.concentration * z1,), (z2,))
 
 
-def _cosines(posterior1: VonMisesFisher, posterior2: VonMisesFisher) -> tuple[Tensor, Tensor, Tensor]:
-    """cos of all pairs ``(..., N, M)`` and the concentrations as a column and a row."""
+def _quadratic(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
+    (scaled, size1), (z2, size2) = rows, columns
+    return matmul(scaled, z2.mT) - size1 - size2.mT
+
+
+class AnisotropicKernel(PairKernel):
+    r"""The anisotropic Gaussian kernel, :math:`\log f(z, z') = -(z - z')^\top \mathrm{diag}(\Lambda)\, (z - z')`.
+
+    A dimension with a large precision varies little between two views of a thing ("content"), one with a small
+    precision varies much ("style"). It is computed by one matrix product, and is not a dot product with weights: the
+    terms quadratic in z' do not cancel in the likelihood unless all precisions are equal.
+
+    Convention: Lambda as in the paper, without a factor 1/2. The authors' code has the factor, so its precisions are
+    twice as large; on the unit sphere, Lambda = lambda I is the von Mises-Fisher kernel with kappa = 2 lambda.
+
+    Args:
+        dim: d, dimension of the latents.
+        precision: Lambda > 0, finite; one number for all dimensions or d of them.
+        learn: make them positive parameters (``precision``) instead of a buffer, optimised as log(Lambda) / 4 so that
+            they keep pace with the network.
+
+    Raises:
+        ValueError: if the precision is not positive and finite, or neither one number nor d numbers; when called, if
+            latents have another dimension.
+
+    Shape:
+        ``(..., N, d), (..., M, d) -> (..., N, M)``.
+
+    References:
+        Rusak, Reizinger, Juhos, Bringmann, Zimmermann and Brendel, AISTATS 2025, arXiv 2407.00143.
+
+    Example:
+        >>> kernel = AnisotropicKernel(2, [4.0, 1.0], learn=False)
+        >>> kernel(torch.eye(2), torch.eye(2))
+        tensor([[ 0., -5.],
+                [-5.,  0.]])
+    """
+
+    precision: Tensor
+
+    def __init__(self, dim: int, precision: float | Sequence[float] | Tensor = 5.0, *, learn: bool = True) -> None:
+        super().__init__()
+        value = torch.as_tensor(precision, dtype=torch.get_default_dtype()).detach()
+        if value.shape not in ((), (1,), (dim,)):
+            raise ValueError(
+                f"`precision` must be one number or one per dimension, {dim} of them, got shape {tuple(value.shape)}"
+            )
+        value = value.expand(dim).clone()
+        if not (value.gt(0) & value.isfinite()).all():
+            raise ValueError(f"`precision` must be positive and finite, got {precision!r}")
+        if learn:
+            setattr(self, "precision", PyroParam(value, constraint=scale_parameter))  # noqa: B010 (typing)
+        else:
+            self.register_buffer("precision", value)
+
+    def pairs(self, z1: Tensor, z2: Tensor) -> Pairs:
+        """See :meth:`PairKernel.pairs`."""
+        precision = self.precision
+        for z in (z1, z2):
+            if z.shape[-1] != len(precision):
+                raise ValueError(
+                    f"the kernel has {len(precision)} precisions and latents of shape {tuple(z.shape)} have "
+                    f"{z.shape[-1]} dimensions; build AnisotropicKernel({z.shape[-1]})"
+                )
+        rows, columns = (((z.square() * precision).sum(-1, keepdim=True)) for z in (z1, z2))
+        return Pairs(_quadratic, (2 * precision * z1, rows), (z2, columns))
+
+
+def _check_families(posterior1: VonMisesFisher, posterior2: VonMisesFisher) -> None:
     for q in (posterior1, posterior2):
         if not isinstance(q, VonMisesFisher):
             raise TypeError(
                 "closed-form evidences need VonMisesFisher posteriors, got "
                 f"{type(q).__name__}; use guides.VonMisesFisher, or evidence='k_sample' with any guide"
             )
-    cosine = matmul(posterior1.mean_direction, posterior2.mean_direction.mT)
-    return cosine, posterior1.concentration.unsqueeze(-1), posterior2.concentration.unsqueeze(-2)
+
+
+def _shared_latent(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
+    (mu1, k1, scaled1), (mu2, k2, scaled2) = rows, columns
+    cosine, k2 = matmul(mu1, mu2.mT), k2.mT
+    # |k1 mu1 + k2 mu2|^2 = (k1 - k2)^2 + 2 k1 k2 (1 + cos); the tiny constant keeps the square root differentiable
+    # where two equally sure posteriors are antipodal, and there Phi'(x)/x has a finite limit
+    squared = (k1 - k2).square() + 2 * k1 * k2 * (1 + cosine).clamp_min(0.0)
+    fused = torch.sqrt(squared + _TINY)
+    # Phi(k) = k + scaled(k): the linear parts, fused - k1 - k2, are combined before they can cancel
+    linear = (_TINY - 2 * k1 * k2 * (1 - cosine)) / (fused + k1 + k2)
+    return linear + log_partition_scaled(mu1.shape[-1], fused) - scaled1 - scaled2.mT
+
+
+def shared_latent_pairs(posterior1: VonMisesFisher, posterior2: VonMisesFisher) -> Pairs:
+    """:func:`shared_latent_log_ratio`, unevaluated."""
+    _check_families(posterior1, posterior2)
+    rows, columns = (
+        (q.mean_direction, q.concentration.unsqueeze(-1), log_partition_scaled(q.dim, q.concentration).unsqueeze(-1))
+        for q in (posterior1, posterior2)
+    )
+    return Pairs(_shared_latent, rows, columns)
 
 
 def shared_latent_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFisher) -> Tensor:
@@ -92,20 +233,19 @@ def shared_latent_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFish
     Raises:
         TypeError: for posteriors of another family.
     """
-    cosine, k1, k2 = _cosines(posterior1, posterior2)
-    dim = posterior1.event_shape[0]
-    # |k1 mu1 + k2 mu2|^2 = (k1 - k2)^2 + 2 k1 k2 (1 + cos); the tiny constant keeps the square root differentiable
-    # where two equally sure posteriors are antipodal, and there Phi'(x)/x has a finite limit
-    squared = (k1 - k2).square() + 2 * k1 * k2 * (1 + cosine).clamp_min(0.0)
-    fused = torch.sqrt(squared + _TINY)
-    # Phi(k) = k + scaled(k): the linear parts, fused - k1 - k2, are combined before they can cancel
-    linear = (_TINY - 2 * k1 * k2 * (1 - cosine)) / (fused + k1 + k2)
-    return (
-        linear
-        + log_partition_scaled(dim, fused)
-        - log_partition_scaled(dim, posterior1.concentration).unsqueeze(-1)
-        - log_partition_scaled(dim, posterior2.concentration).unsqueeze(-2)
-    )
+    return shared_latent_pairs(posterior1, posterior2).grid()
+
+
+def _moment_matched(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
+    (mu1, length1), (mu2, length2) = rows, columns
+    return matched_log_density(mu1.shape[-1], length1 * length2.mT * shared[0], matmul(mu1, mu2.mT))
+
+
+def moment_matched_pairs(posterior1: VonMisesFisher, posterior2: VonMisesFisher, concentration: Tensor) -> Pairs:
+    """:func:`moment_matched_log_ratio`, unevaluated."""
+    _check_families(posterior1, posterior2)
+    rows, columns = ((q.mean_direction, q.mean_resultant_length.unsqueeze(-1)) for q in (posterior1, posterior2))
+    return Pairs(_moment_matched, rows, columns, (bessel_ratio(posterior1.dim, concentration),))
 
 
 def moment_matched_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFisher, concentration: Tensor) -> Tensor:
@@ -127,8 +267,27 @@ def moment_matched_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFis
     Raises:
         TypeError: for posteriors of another family.
     """
-    cosine, _, _ = _cosines(posterior1, posterior2)
-    dim = posterior1.event_shape[0]
-    length1 = bessel_ratio(dim, posterior1.concentration).unsqueeze(-1)
-    length2 = bessel_ratio(dim, posterior2.concentration).unsqueeze(-2)
-    return matched_log_density(dim, length1 * length2 * bessel_ratio(dim, concentration), cosine)
+    return moment_matched_pairs(posterior1, posterior2, concentration).grid()
+
+
+def expected_pairs(posterior1: VonMisesFisher, posterior2: VonMisesFisher, concentration: float | Tensor) -> Pairs:
+    r"""Evidence :math:`\log E[f(z, z')]` of all pairs of views, the latents integrated out, unevaluated.
+
+    Args:
+        posterior1: batch ``(..., N)``.
+        posterior2: batch ``(..., M)``.
+        concentration: kappa > 0 of the pair, a number or a scalar tensor; infinite for views that share one latent.
+
+    Returns:
+        Pairs of shape ``(..., N, M)``, log density ratios in nats.
+
+    Raises:
+        TypeError: for posteriors of another family.
+        ValueError: if the concentration is not positive.
+    """
+    if not concentration > 0:
+        raise ValueError(f"`concentration` of a pair must be positive, or infinite, got {concentration!r}")
+    if math.isinf(concentration):  # the lead replaces both branches by the exact series
+        return shared_latent_pairs(posterior1, posterior2)
+    kappa = torch.as_tensor(concentration, dtype=posterior1.concentration.dtype, device=posterior1.concentration.device)
+    return moment_matched_pairs(posterior1, posterior2, kappa)

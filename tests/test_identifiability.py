@@ -136,7 +136,6 @@ def test_the_model_takes_the_option_for_closed_forms_only():
 
 def models_trace(model, batch):
 
-
     trace = pyro.poutine.trace(model).get_trace(batch.x1, batch.x2)
     trace.compute_log_prob()
     return trace

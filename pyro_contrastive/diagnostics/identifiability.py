@@ -21,7 +21,7 @@ from pyro_contrastive.diagnostics._arrays import FloatArray
 from pyro_contrastive.diagnostics.plots import _BLUE, _GREY, _ORANGE, _axes, _label
 from pyro_contrastive.distributions import VonMisesFisher
 from pyro_contrastive.factors import infonce_log_ratio
-from pyro_contrastive.kernels import expected_log_ratio
+from pyro_contrastive.kernels import expected_pairs
 from pyro_contrastive.ops.bessel import bessel_ratio, inverse_bessel_ratio
 from pyro_contrastive.ops.matching import matching_log_ratio
 
@@ -85,9 +85,9 @@ class Identifiability:
         levels = sorted(float(self.level[end]) for end in ends)
         text = (
             f"Fitted with kappa_pos = {self.pair_concentration[self.fitted]:.4g}, median concentration "
-            f"{self.level[self.fitted]:.3g}. On held-out pairs every kappa_pos tried from {low:.4g} to {high:.4g} does as "
-            f"well within two standard errors, once the concentrations move along: their median is then {levels[0]:.3g} "
-            f"to {levels[1]:.3g}. "
+            f"{self.level[self.fitted]:.3g}. On held-out pairs every kappa_pos tried from {low:.4g} to {high:.4g} does "
+            f"as well within two standard errors, once the concentrations move along: their median is then "
+            f"{levels[0]:.3g} to {levels[1]:.3g}. "
         )
         if levels[1] > 1.25 * levels[0]:
             text += "The order of the concentrations comes from the data, their level from the assumed kappa_pos."
@@ -183,7 +183,7 @@ def identifiability(
         for start in range(0, batches * batch_size, batch_size):
             part = slice(start, start + batch_size)
             q1, q2 = (VonMisesFisher(mean[part], k[part]) for (mean, _), k in zip(laws, concentrations, strict=True))
-            log_f = expected_log_ratio(q1, q2, kappas.new_tensor(kappa))
+            log_f = expected_pairs(q1, q2, kappa).grid()
             items.append(
                 matching_log_ratio(log_f) if marginal == "empirical" else infonce_log_ratio(log_f, symmetric=True)
             )

@@ -229,9 +229,7 @@ def _closed(dim: int, k1: Tensor, k2: Tensor, cosine: Tensor) -> Tensor:
     fused = torch.sqrt(squared + _TINY)
     # Phi(k) = k + scaled(k): the linear parts, fused - k1 - k2, are combined before they can cancel
     linear = (_TINY - 2 * k1 * k2 * (1 - cosine)) / (fused + k1 + k2)
-    return (
-        linear + log_partition_scaled(dim, fused) - log_partition_scaled(dim, k1) - log_partition_scaled(dim, k2)
-    )
+    return linear + log_partition_scaled(dim, fused) - log_partition_scaled(dim, k1) - log_partition_scaled(dim, k2)
 
 
 def expected_kernel_log_ratio(

@@ -57,7 +57,7 @@ def test_profile_by_hand():
     for position, kappa in enumerate([6.0, 9.0, 12.0, math.inf]):
         factor = math.sqrt(length(9.0) / length(kappa))
         moved = [
-            np.array([optimize.brentq(lambda x, k=k: length(x) - factor * length(k), 1e-3, 1e5) for k in one])
+            np.array([optimize.brentq(lambda x, a=factor * length(k): length(x) - a, 1e-3, 1e5) for k in one])
             for one in kappas
         ]
         reference = evidence(*kappas, 9.0)

@@ -15,6 +15,7 @@ from pyro_contrastive.diagnostics.calibration import (
     sbc_ranks,
     uniformity_pvalue,
 )
+from pyro_contrastive.diagnostics.identifiability import Identifiability, identifiability, plot_identifiability
 from pyro_contrastive.diagnostics.plots import (
     plot_accuracy_by_quartile,
     plot_aggregate,
@@ -38,6 +39,7 @@ from pyro_contrastive.diagnostics.representation import (
 __all__ = [
     "AlignmentScore",
     "Coverage",
+    "Identifiability",
     "Picture",
     "Section",
     "Uniformity",
@@ -51,6 +53,7 @@ __all__ = [
     "cosine_correlation",
     "coverage",
     "direction_and_concentration",
+    "identifiability",
     "image_report",
     "knn_accuracy",
     "knn_correct",
@@ -60,6 +63,7 @@ __all__ = [
     "plot_concentration_vs_corruption",
     "plot_coverage",
     "plot_history",
+    "plot_identifiability",
     "plot_neighbours",
     "plot_pit",
     "procrustes",

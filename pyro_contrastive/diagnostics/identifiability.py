@@ -115,7 +115,10 @@ def identifiability(
     r"""Profile of the held-out evidence over the pair concentration, without refitting.
 
     For each value on the grid, the concentration of every item is moved so that the expected cosine between the latents
-    of the two views stays what it was: :math:`A_d(\kappa') = A_d(\kappa) \sqrt{A_d(\kappa_{pos}) / A_d(\kappa'_{pos})}`,
+    of the two views stays what it was,
+
+    .. math::  A_d(\kappa') = A_d(\kappa) \sqrt{A_d(\kappa_{pos}) / A_d(\kappa'_{pos})},
+
     which for large concentrations is :math:`1/\kappa \to 1/\kappa + \delta` with the same :math:`\delta` for all items.
     The profile is that of the exact evidence; the moment-matched one depends on nothing else than that product and its
     profile is exactly flat.

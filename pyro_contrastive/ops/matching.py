@@ -64,9 +64,9 @@ def matching_log_ratio(log_f: Tensor, *, iterations: int = 10) -> Tensor:
     because the Bethe free energy is stationary in them.
 
     **Use large batches.** A matching that is nearly certain as a whole has nothing to teach, and there the Bethe
-    approximation is too sure as well. In worlds with 3 nats per pair the estimator is unbiased to measurement error from
-    N = 128 on, and useless at N = 32 (docs/identifiability.md has the figures): log N should exceed the information of a
-    pair by two nats or so.
+    approximation is too sure as well. In worlds with 2 to 3 nats per pair the estimator is unbiased to measurement
+    error from N = 128 on, and useless at N = 32 in one of them (docs/identifiability.md has the figures): log N should
+    exceed the information of a pair by two nats or so.
 
     Args:
         log_f: ``(..., N, N)`` log evidence of all pairs, in nats, each up to a term of its row and one of its column;
@@ -104,9 +104,9 @@ def matching_log_ratio(log_f: Tensor, *, iterations: int = 10) -> Tensor:
 def balance_log_ratios(log_f: Tensor, *, iterations: int = 10) -> Tensor:
     r"""Turn log evidences with wrong marginals into log density ratios, by the batch's own marginals.
 
-    Under independent views, the ratio p(x, x') / p(x) p(x') has mean 1 over x' for every x, and over x for every x'. The
-    pairs off the diagonal are independent views, so the grid is scaled by one factor per row and one per column until
-    the mean over each row's and each column's *other* entries is 1. (Scaling with the diagonal included, as plain
+    Under independent views, the ratio p(x, x') / p(x) p(x') has mean 1 over x' for every x, and over x for every x'.
+    The pairs off the diagonal are independent views, so the grid is scaled by one factor per row and one per column
+    until the mean over each row's and each column's *other* entries is 1. (Scaling with the diagonal included, as plain
     Sinkhorn iterations do, is biased: true pairs are far more frequent there than among independent views.)
 
     The factors carry no gradient; for training use :func:`matching_log_ratio`.

@@ -27,6 +27,10 @@ def length(kappa):
     return 1 / math.tanh(kappa) - 1 / kappa if kappa < math.inf else 1.0  # A_3
 
 
+def inverse_length(value):
+    return optimize.brentq(lambda kappa: length(kappa) - value, 1e-3, 1e5)
+
+
 def infonce(log_f):
     rows, columns = special.logsumexp(log_f, axis=1), special.logsumexp(log_f, axis=0)
     return np.diag(log_f) - 0.5 * (rows + columns) + math.log(len(log_f))
@@ -56,10 +60,7 @@ def test_profile_by_hand():
 
     for position, kappa in enumerate([6.0, 9.0, 12.0, math.inf]):
         factor = math.sqrt(length(9.0) / length(kappa))
-        moved = [
-            np.array([optimize.brentq(lambda x, a=factor * length(k): length(x) - a, 1e-3, 1e5) for k in one])
-            for one in kappas
-        ]
+        moved = [np.array([inverse_length(factor * length(k)) for k in one]) for one in kappas]
         reference = evidence(*kappas, 9.0)
         along, alone = evidence(*moved, kappa) - reference, evidence(*kappas, kappa) - reference
         assert result.compensated[position] == pytest.approx(along.mean(), abs=1e-6)

@@ -12,7 +12,10 @@ import torch
 from scipy import optimize
 from scipy.special import xlogy
 
-from pyro_contrastive.factors import matching_factor
+from pyro_contrastive.data import SphereWorld
+from pyro_contrastive.distributions import VonMisesFisher
+from pyro_contrastive.factors import infonce_log_ratio, matching_factor
+from pyro_contrastive.kernels import shared_latent_log_ratio
 from pyro_contrastive.ops.matching import balance_log_ratios, matching_log_ratio
 
 
@@ -97,9 +100,9 @@ def test_gradient_is_that_of_the_log_likelihood():
 
 
 def test_gradient_is_identity_minus_the_marginals_of_the_matching():
-    """Against exact marginals by enumeration, on a grid that is far from both extremes."""
-    size = 7
-    log_f = (grid(size, 0.7, 8) + 1.5 * torch.eye(size)).requires_grad_()
+    """Against exact marginals by enumeration, on a dense grid; Bethe's are off by a part of 1/N in absolute terms."""
+    size = 8
+    log_f = grid(size, 0.7, 8).requires_grad_()
     (slope,) = torch.autograd.grad(matching_log_ratio(log_f, iterations=300).sum(), log_f)
     f = log_f.detach().exp().tolist()
     marginals, total = np.zeros((size, size)), 0.0
@@ -107,7 +110,32 @@ def test_gradient_is_identity_minus_the_marginals_of_the_matching():
         weight = math.prod(f[i][p[i]] for i in range(size))
         total += weight
         marginals[range(size), p] += weight
-    assert np.abs(np.eye(size) - marginals / total - slope.numpy()).max() < 0.03  # Bethe's error, 1/N of a marginal
+    assert np.abs(np.eye(size) - marginals / total - slope.numpy()).max() < 0.25 / size
+    assert np.abs(marginals / total - 1 / size).max() > 0.5 / size  # they are not all the same
+
+
+@pytest.mark.parametrize("prior", [0.0, 30.0])
+def test_the_truth_is_stationary_whatever_the_marginal(prior):
+    """The derivative along a common temperature is zero at the true law, half way to the prior, for both marginals."""
+    world = SphereWorld(10, (16.0, 64.0), math.inf, prior_concentration=prior)
+    batch = world.sample(16 * 256, seed=0)
+    laws = [world.posterior(batch, view, prior_power=0.5) for view in (1, 2)]
+    scores = {"matching": [], "softmax": []}
+    for start in range(0, 16 * 256, 256):
+        part = slice(start, start + 256)
+        q1, q2 = (VonMisesFisher(q.mean_direction[part], q.concentration[part]) for q in laws)
+        log_f = shared_latent_log_ratio(q1, q2)
+        temperature = torch.ones((), requires_grad=True)
+        for name, value in (
+            ("matching", matching_log_ratio(temperature * log_f)),
+            ("softmax", infonce_log_ratio(temperature * log_f, symmetric=True)),
+        ):
+            scores[name].append(float(torch.autograd.grad(value.mean(), temperature)[0]))
+    means = {name: np.mean(values) for name, values in scores.items()}
+    errors = {name: np.std(values, ddof=1) / 4 for name, values in scores.items()}
+    assert abs(means["matching"]) < 4.5 * errors["matching"]  # t law with 15 degrees: false alarm 4e-4
+    if prior:
+        assert abs(means["softmax"]) > 2.5 * errors["softmax"]  # the softmax pulls away from the truth there
 
 
 def test_extreme_grids_stay_finite():
@@ -121,7 +149,7 @@ def test_extreme_grids_stay_finite():
 def test_ten_rounds_suffice_for_a_batch():
     log_f = (grid(128, 2.0, 9, torch.float32) + 5 * torch.eye(128)).requires_grad_()
     ten, many = (matching_log_ratio(log_f, iterations=n) for n in (10, 300))
-    assert float((ten.mean() - many.mean()).abs()) < 1e-4
+    assert float((ten.mean() - many.mean()).detach().abs()) < 1e-4
     slopes = [torch.autograd.grad(value.sum(), log_f)[0] for value in (ten, many)]
     assert float((slopes[0] - slopes[1]).abs().max()) < 1e-3
 
@@ -140,13 +168,13 @@ def test_balancing_finds_the_density_ratio_of_a_joint_law():
     joint = (torch.randn(6, 6, generator=generator, dtype=torch.float64) + 2 * torch.eye(6)).exp()
     joint = joint / joint.sum()
     ratio = joint / (joint.sum(1, keepdim=True) * joint.sum(0))
-    cells = torch.multinomial(joint.view(-1), 4_000, replacement=True, generator=generator)
+    cells = torch.multinomial(joint.view(-1), 1_000, replacement=True, generator=generator)
     first, second = cells // 6, cells % 6
     wrong = (ratio.log() + 2 * grid(6, seed=1)[:1].mT + 2 * grid(6, seed=2)[:1])[first][:, second]
-    balanced = balance_log_ratios(wrong, iterations=50)
+    balanced = balance_log_ratios(wrong, iterations=20)
     truth = ratio.log()[first][:, second]
-    # each term is estimated from 4,000 pairs with ratios up to about 5: standard error below 0.04, 5 s.e. here
-    assert float((balanced - truth).abs().max()) < 0.2
+    # each term is estimated from 1,000 pairs with ratios up to 5: standard error below 0.07, 4 s.e. here
+    assert float((balanced - truth).abs().max()) < 0.28
     assert float((wrong - truth).abs().max()) > 1.0
 
 

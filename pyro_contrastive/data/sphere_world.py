@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import pyro
 import pyro.distributions as pyro_dist
@@ -292,6 +292,14 @@ class SphereWorld(nn.Module):
         return WorldBatches(self, batch_size, seed)
 
 
+class World(Protocol):
+    """Anything that draws pairs by seed."""
+
+    def sample(self, num_pairs: int, seed: int | None = None) -> SphereBatch:
+        """Draw pairs; see :meth:`SphereWorld.sample`."""
+        ...
+
+
 class WorldBatches:
     """Endless iterator over fresh pairs of a world; see :meth:`SphereWorld.batches`.
 
@@ -304,7 +312,7 @@ class WorldBatches:
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(self, world: SphereWorld, batch_size: int, seed: int) -> None:
+    def __init__(self, world: World, batch_size: int, seed: int) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be >= 1, got {batch_size!r}")
         derived_seed(seed)  # checks it

@@ -9,6 +9,7 @@ sum stays put and shows what the evidence makes of it.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -205,18 +206,18 @@ def identifiability(
             kappa if value == own else inverse_bessel_ratio(dim, length.clamp_max(ceiling))
             for kappa, length in zip(fixed, lengths, strict=True)
         ]
-        for name, concentrations in (("along", moved), ("alone", fixed)):
+        for name, concentrations in (("compensated", moved), ("alone", fixed)):
             difference = evidence(concentrations, value) - reference
             columns[name].append(float(difference.mean()))
-            columns[f"{name}_se"].append(float(difference.std() / math.sqrt(len(difference))))
+            columns[f"{name}_error"].append(float(difference.std() / math.sqrt(len(difference))))
         columns["level"].append(float(torch.cat(moved).median()))
-        columns["limit"].append(float((torch.cat(lengths) > ceiling).double().mean()))
+        columns["at_limit"].append(float((torch.cat(lengths) > ceiling).double().mean()))
     spread = 1 / fixed[0] + 1 / fixed[1]
     return Identifiability(
-        values,
-        int(np.flatnonzero(values == own)[0]),
-        *(np.array(column) for column in columns.values()),
+        pair_concentration=values,
+        fitted=int(np.flatnonzero(values == own)[0]),
         posterior_share=float((spread / (spread + 1 / own)).mean()),
+        **{name: np.array(column) for name, column in columns.items()},
     )
 
 

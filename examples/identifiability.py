@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ import torch
 from pyro_contrastive import diagnostics, guides, models, nets
 from pyro_contrastive.data import AcceptanceWorld, SphereWorld
 from pyro_contrastive.distributions import VonMisesFisher
+from pyro_contrastive.factors import infonce_log_ratio
 from pyro_contrastive.fit import fit, pick_device
+from pyro_contrastive.kernels import shared_latent_log_ratio
+from pyro_contrastive.ops.matching import balance_log_ratios, matching_log_ratio
 
 INF = math.inf
 WORLDS: dict[str, Callable[[], Any]] = {
@@ -168,6 +171,57 @@ def run(out: Path, seed: int = 0, device: str = "auto", small: bool = False) -> 
             file.write_text(json.dumps(values, indent=2) + "\n")
         values = json.loads(file.read_text())
         figures |= {f"{name}: {key}": value for key, value in values.items()}
+    file = out / "population.json"
+    if not file.exists():
+        file.write_text(json.dumps(population(small), indent=2) + "\n")
+    return figures | json.loads(file.read_text())
+
+
+def population(small: bool = False) -> dict[str, float]:
+    """Where the likelihoods of a batch have their maximum: evaluated at exact laws, nothing fitted.
+
+    Shared latents with a von Mises-Fisher prior of concentration 0 or 10. First the evidence of the laws between the
+    normalised likelihood (prior power 0) and the posterior (1), relative to the middle; then, for the middle, the
+    common factor on all log ratios that is best for each size of batch: 1 is right.
+    """
+    pairs = 512 if small else 5_120
+    likelihoods: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "uniform": lambda log_f: infonce_log_ratio(log_f, symmetric=True),
+        "empirical": matching_log_ratio,
+        "balanced softmax": lambda log_f: infonce_log_ratio(balance_log_ratios(log_f), symmetric=True),
+    }
+    figures: dict[str, float] = {}
+
+    def grids(world: SphereWorld, power: float, size: int) -> Iterator[torch.Tensor]:
+        batch = world.sample(pairs, seed=0)
+        laws = [world.posterior(batch, view, prior_power=power) for view in (1, 2)]
+        for start in range(0, pairs - size + 1, size):
+            part = slice(start, start + size)
+            q1, q2 = (VonMisesFisher(q.mean_direction[part].double(), q.concentration[part].double()) for q in laws)
+            yield shared_latent_log_ratio(q1, q2)
+
+    for prior in (0.0, 10.0):
+        world = SphereWorld(10, (16.0, 64.0), INF, prior_concentration=prior)
+        for name in ("uniform", "empirical") if prior else ():
+            evidence = likelihoods[name]
+            items = {p: torch.cat([evidence(f) for f in grids(world, p, 256)]) for p in (0.5, 0.0, 0.25, 0.75, 1.0)}
+            for power, value in items.items():
+                difference = value - items[0.5]
+                figures[f"prior {prior:g}, {name}, prior power {power:g}"] = float(difference.mean())
+                figures[f"prior {prior:g}, {name}, prior power {power:g}: s.e."] = float(
+                    difference.std() / math.sqrt(len(difference))
+                )
+        for size in (32, 128, 256):
+            for name, evidence in likelihoods.items():
+                values = torch.tensor([
+                    [float(evidence(t * log_f).mean()) for t in (0.98, 1.0, 1.02)] for log_f in grids(world, 0.5, size)
+                ])  # fmt: skip
+                slopes = (values[:, 2] - values[:, 0]) / 0.04
+                curvature = float((values[:, 2] + values[:, 0] - 2 * values[:, 1]).mean()) / 0.02**2
+                key = f"prior {prior:g}, batch {size}, {name}: best factor"
+                figures[key] = 1 - float(slopes.mean()) / curvature
+                figures[f"{key}: s.e."] = float(slopes.std() / math.sqrt(len(slopes))) / abs(curvature)
+                figures[f"prior {prior:g}, batch {size}, {name}: curvature"] = curvature
     return figures
 
 
@@ -194,6 +248,5 @@ if __name__ == "__main__":
     folder = args.out or Path("runs/identifiability")
     pick_device(args.device)
     figures = run(folder, args.seed, args.device, args.small)
-    done = sorted({name.rpartition(": ")[0].split(": ")[0] for name in figures}, key=str)
-    print(table(folder, done))
+    print(table(folder, sorted(path.stem for path in (folder / "rows").glob("*.json"))))
     finish({name: float(np.float64(value)) for name, value in figures.items()}, folder)

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from pyro_contrastive.factors import (
+    Negatives,
     check_recognition,
     infonce_factor,
     infonce_log_ratio,
     log_ratio_factor,
     matching_factor,
 )
-from pyro_contrastive.kernels import VonMisesFisherKernel, moment_matched_log_ratio, shared_latent_log_ratio
+from pyro_contrastive.kernels import VonMisesFisherKernel, expected_pairs, moment_matched_pairs
 from pyro_contrastive.modules import Module
+from pyro_contrastive.ops.tiles import Pairs
 
 __all__ = ["MCInfoNCE"]
 
@@ -41,8 +43,9 @@ class MCInfoNCE(Module):
     ``evidence`` says how the latents are integrated:
 
     ==================  ==========================================================================================
-    ``exact``           no samples, no approximation. Here for ``concentration=inf``: both views show one latent.
-    ``moment_matched``  no samples; a finite pair concentration by matching one moment.
+    ``exact``           no samples, no approximation: a series on the sphere, a closed form for ``concentration=inf``.
+    ``moment_matched``  no samples; a finite pair concentration by matching one moment. Faster than ``exact``, with an
+                        error of up to half a nat for concentrated pairs.
     ``k_sample``        the paper's log-mean-exp over ``num_samples`` draws of every latent. Biased towards
                         concentrated posteriors when there are few.
     ``elbo``            mean of the log at the sampled latents (one draw per particle of the ELBO); for point
@@ -59,14 +62,16 @@ class MCInfoNCE(Module):
         guide: recognition module with ``posterior(x)``, used as the Pyro guide too. Closed forms need
             ``guides.VonMisesFisher``; the others take any family.
         concentration: kappa_pos of the pair, > 0; ``math.inf`` means that the views share one latent.
-        evidence: see above; default ``exact`` for infinite and ``moment_matched`` for finite concentrations.
+        evidence: see above.
         learn_concentration: learn kappa_pos (only sensible with point embeddings; see the note on identification).
         num_samples: K of ``k_sample``.
         symmetric: average the likelihoods of view 2 given view 1 and of view 1 given view 2.
+        negatives: how much the other items of the batch count: ``sum`` (InfoNCE) or ``mean`` (as in the authors' code);
+            see :func:`~pyro_contrastive.factors.infonce_log_ratio`.
         marginal: ``"uniform"``: the aggregate of the recognition laws is uniform on the sphere, as the closed forms
             assume. ``"empirical"``: it is whatever it is, and the factor becomes the likelihood of the whole matching
             of the batch (:func:`~pyro_contrastive.factors.matching_factor`), from which the marginals cancel. Needs a
-            closed-form evidence and batches of 128 or more; ``symmetric`` says nothing then.
+            closed-form evidence and batches of 128 or more; ``symmetric`` and ``negatives`` say nothing then.
 
     Raises:
         TypeError: for a guide without ``posterior(x)``.
@@ -90,17 +95,16 @@ class MCInfoNCE(Module):
         guide: Any,
         *,
         concentration: float = math.inf,
-        evidence: Evidence | None = None,
+        evidence: Evidence = "exact",
         learn_concentration: bool = False,
         num_samples: int = 16,
         symmetric: bool = True,
+        negatives: Negatives = "sum",
         marginal: Marginal = "uniform",
     ) -> None:
         super().__init__()
         check_recognition("guide", guide)
         shared = math.isinf(concentration) and concentration > 0
-        if evidence is None:
-            evidence = "exact" if shared else "moment_matched"
         if evidence not in get_args(Evidence):
             raise ValueError(f"`evidence` must be one of {', '.join(get_args(Evidence))}, got {evidence!r}")
         if shared and (evidence != "exact" or learn_concentration):
@@ -109,11 +113,8 @@ class MCInfoNCE(Module):
                 f"and nothing to learn, got evidence={evidence!r}, learn_concentration={learn_concentration}; "
                 "pass a finite `concentration` for the others"
             )
-        if not shared and evidence == "exact":
-            raise ValueError(
-                "evidence 'exact' is closed for concentration=math.inf (views that share one latent), got "
-                f"{concentration!r}; use evidence='moment_matched' or 'k_sample' for a finite pair concentration"
-            )
+        if negatives not in get_args(Negatives):
+            raise ValueError(f"`negatives` must be one of {', '.join(get_args(Negatives))}, got {negatives!r}")
         if marginal not in get_args(Marginal):
             raise ValueError(f"`marginal` must be one of {', '.join(get_args(Marginal))}, got {marginal!r}")
         if marginal == "empirical" and evidence not in ("exact", "moment_matched"):
@@ -128,6 +129,7 @@ class MCInfoNCE(Module):
         self.evidence = evidence
         self.num_samples = num_samples
         self.symmetric = symmetric
+        self.negatives = negatives
         self.marginal = marginal
 
     @property
@@ -147,23 +149,26 @@ class MCInfoNCE(Module):
             # P(z) = R(z), P(z'|z) ~ R(z') f: the recognition laws cancel and the factor is what is left
             z1 = pyro.sample("z1", posterior1)
             z2 = pyro.sample("z2", posterior2)
+            options: dict[str, Any] = {"symmetric": self.symmetric, "negatives": self.negatives}
             if self.evidence == "elbo":
-                infonce_factor("positive", z1, z2, self.kernel, symmetric=self.symmetric)
+                infonce_factor("positive", z1, z2, self.kernel, **options)
             elif self.evidence == "k_sample":
-                self._k_sample_factor(posterior1, posterior2)
+                pyro.factor("positive", self._k_sample(posterior1, posterior2, options))
+            elif self.marginal == "empirical":
+                matching_factor("positive", self._expected_pairs(posterior1, posterior2).grid())
             else:
-                log_ratios = self.partner_logits(x1, x2, posteriors=(posterior1, posterior2))
-                if self.marginal == "empirical":
-                    matching_factor("positive", log_ratios)
-                else:
-                    log_ratio_factor("positive", log_ratios, symmetric=self.symmetric)
+                log_ratio_factor("positive", self._expected_pairs(posterior1, posterior2), **options)
 
-    def _k_sample_factor(self, posterior1: Any, posterior2: Any) -> None:
+    def _k_sample(self, posterior1: Any, posterior2: Any, options: dict[str, Any]) -> Tensor:
         size = torch.Size((self.num_samples,))
-        log_q = infonce_log_ratio(
-            self.kernel(posterior1.rsample(size), posterior2.rsample(size)), symmetric=self.symmetric
-        )
-        pyro.factor("positive", log_q.logsumexp(0) - math.log(self.num_samples))
+        log_f = self.kernel(posterior1.rsample(size), posterior2.rsample(size), lazy=True)
+        return infonce_log_ratio(log_f, **options).logsumexp(0) - math.log(self.num_samples)
+
+    def _expected_pairs(self, posterior1: Any, posterior2: Any) -> Pairs:
+        """log E[f] of all pairs, not evaluated yet: a large grid is never kept whole."""
+        if self.evidence == "moment_matched":
+            return moment_matched_pairs(posterior1, posterior2, self.kernel.concentration)
+        return expected_pairs(posterior1, posterior2, math.inf if self.kernel is None else self.kernel.concentration)
 
     def partner_logits(self, x1: Tensor, x2: Tensor, *, posteriors: tuple[Any, Any] | None = None) -> Tensor:
         """Log evidence that x1[i] and x2[j] show the same thing, for all pairs: the logits of the partner's index.
@@ -178,10 +183,8 @@ class MCInfoNCE(Module):
             ``num_samples`` draws: theirs hold up to one constant, the same for all pairs, and Monte-Carlo error.
         """
         posterior1, posterior2 = posteriors or (self.guide.posterior(x1), self.guide.posterior(x2))
-        if self.evidence == "exact":
-            return shared_latent_log_ratio(posterior1, posterior2)
-        if self.evidence == "moment_matched":
-            return moment_matched_log_ratio(posterior1, posterior2, self.kernel.concentration)
+        if self.evidence in ("exact", "moment_matched"):
+            return self._expected_pairs(posterior1, posterior2).grid()
         size = torch.Size((self.num_samples,))
         log_f = self.kernel(posterior1.rsample(size), posterior2.rsample(size))
         return log_f.logsumexp(0) - math.log(self.num_samples)

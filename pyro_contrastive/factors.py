@@ -23,6 +23,7 @@ from .ops.matching import matching_log_ratio
 from .ops.tiles import Pairs, contrast
 
 __all__ = [
+    "Negatives",
     "check_recognition",
     "expected_infonce_factor",
     "infonce_factor",
@@ -87,9 +88,9 @@ def infonce_log_ratio(
                           f_ii / (f_ii + mean of the f_ij), plus log 2. At most log 2.
     ========  ==========  ====================================================================================
 
-    Only ``sum`` is maximal at the true density ratio r(x, x') for every N. ``mean`` is so for one negative; for many, its
-    maximum has f (1 + f) proportional to r, in the scale where f averages to one over chance pairs: large ratios are
-    compressed towards their square root.
+    Only ``sum`` is maximal at the true density ratio r(x, x') for every N. ``mean`` is so for one negative; for many,
+    its maximum has f (1 + f) proportional to r, in the scale where f averages to one over chance pairs: large ratios
+    are compressed towards their square root.
 
     Args:
         log_f: ``(..., N, N)``, row i against all candidates j, positives on the diagonal; or that grid unevaluated,

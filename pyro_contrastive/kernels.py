@@ -20,24 +20,23 @@ from torch import Tensor
 
 from .distributions import VonMisesFisher
 from .modules import Module
-from .ops.bessel import bessel_ratio, log_partition_scaled, matched_log_density
+from .ops.bessel import bessel_ratio, matched_log_density
 from .ops.constraints import scale_parameter
 from .ops.precision import matmul
+from .ops.series import expected_kernel_log_ratio, shared_latent_kernel_log_ratio
 from .ops.tiles import Pairs, Tensors
 
 __all__ = [
     "AnisotropicKernel",
     "PairKernel",
     "VonMisesFisherKernel",
+    "expected_log_ratio",
     "expected_pairs",
     "moment_matched_log_ratio",
     "moment_matched_pairs",
     "shared_latent_log_ratio",
     "shared_latent_pairs",
 ]
-
-
-_TINY = 1e-10  # added to a squared concentration: shifts a log ratio by at most 1e-10 / (2 d) nats
 
 
 class PairKernel(Module):
@@ -190,26 +189,20 @@ def _check_families(posterior1: VonMisesFisher, posterior2: VonMisesFisher) -> N
             )
 
 
+def _directions_and_concentrations(posterior1: VonMisesFisher, posterior2: VonMisesFisher) -> tuple[Tensors, Tensors]:
+    _check_families(posterior1, posterior2)
+    rows, columns = ((q.mean_direction, q.concentration.unsqueeze(-1)) for q in (posterior1, posterior2))
+    return rows, columns
+
+
 def _shared_latent(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
-    (mu1, k1, scaled1), (mu2, k2, scaled2) = rows, columns
-    cosine, k2 = matmul(mu1, mu2.mT), k2.mT
-    # |k1 mu1 + k2 mu2|^2 = (k1 - k2)^2 + 2 k1 k2 (1 + cos); the tiny constant keeps the square root differentiable
-    # where two equally sure posteriors are antipodal, and there Phi'(x)/x has a finite limit
-    squared = (k1 - k2).square() + 2 * k1 * k2 * (1 + cosine).clamp_min(0.0)
-    fused = torch.sqrt(squared + _TINY)
-    # Phi(k) = k + scaled(k): the linear parts, fused - k1 - k2, are combined before they can cancel
-    linear = (_TINY - 2 * k1 * k2 * (1 - cosine)) / (fused + k1 + k2)
-    return linear + log_partition_scaled(mu1.shape[-1], fused) - scaled1 - scaled2.mT
+    (mu1, k1), (mu2, k2) = rows, columns
+    return shared_latent_kernel_log_ratio(mu1.shape[-1], k1, k2.mT, matmul(mu1, mu2.mT))
 
 
 def shared_latent_pairs(posterior1: VonMisesFisher, posterior2: VonMisesFisher) -> Pairs:
     """:func:`shared_latent_log_ratio`, unevaluated."""
-    _check_families(posterior1, posterior2)
-    rows, columns = (
-        (q.mean_direction, q.concentration.unsqueeze(-1), log_partition_scaled(q.dim, q.concentration).unsqueeze(-1))
-        for q in (posterior1, posterior2)
-    )
-    return Pairs(_shared_latent, rows, columns)
+    return Pairs(_shared_latent, *_directions_and_concentrations(posterior1, posterior2))
 
 
 def shared_latent_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFisher) -> Tensor:
@@ -270,8 +263,32 @@ def moment_matched_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFis
     return moment_matched_pairs(posterior1, posterior2, concentration).grid()
 
 
+def _expected(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
+    (mu1, k1), (mu2, k2) = rows, columns
+    return expected_kernel_log_ratio(mu1.shape[-1], k1, k2.mT, shared[0], matmul(mu1, mu2.mT))
+
+
 def expected_pairs(posterior1: VonMisesFisher, posterior2: VonMisesFisher, concentration: float | Tensor) -> Pairs:
-    r"""Evidence :math:`\log E[f(z, z')]` of all pairs of views, the latents integrated out, unevaluated.
+    """:func:`expected_log_ratio`, unevaluated."""
+    if isinstance(concentration, Tensor):
+        kappa = concentration.to(posterior1.concentration)
+    elif not concentration > 0:
+        raise ValueError(f"`concentration` of a pair must be positive, or infinite, got {concentration!r}")
+    elif math.isinf(concentration):
+        return shared_latent_pairs(posterior1, posterior2)
+    else:
+        kappa = posterior1.concentration.new_tensor(concentration)
+    return Pairs(_expected, *_directions_and_concentrations(posterior1, posterior2), (kappa,))
+
+
+def expected_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFisher, concentration: float | Tensor) -> Tensor:
+    r"""Exact evidence of a pair of views whose latents are vMF(z, kappa) apart, the latents integrated out.
+
+    .. math::  \log \frac{p(x, x')}{p(x)\,p(x')} = \log E[f(z, z')] - \Phi(\kappa), \quad
+               z \sim R(\cdot|x),\ z' \sim R(\cdot|x'),\ f = e^{\kappa z \cdot z'}
+
+    No samples and no approximation to speak of: see :func:`~pyro_contrastive.ops.expected_kernel_log_ratio` for the
+    series and its accuracy.
 
     Args:
         posterior1: batch ``(..., N)``.
@@ -279,15 +296,10 @@ def expected_pairs(posterior1: VonMisesFisher, posterior2: VonMisesFisher, conce
         concentration: kappa > 0 of the pair, a number or a scalar tensor; infinite for views that share one latent.
 
     Returns:
-        Pairs of shape ``(..., N, M)``, log density ratios in nats.
+        ``(..., N, M)`` log ratios in nats.
 
     Raises:
         TypeError: for posteriors of another family.
         ValueError: if the concentration is not positive.
     """
-    if not concentration > 0:
-        raise ValueError(f"`concentration` of a pair must be positive, or infinite, got {concentration!r}")
-    if math.isinf(concentration):  # the lead replaces both branches by the exact series
-        return shared_latent_pairs(posterior1, posterior2)
-    kappa = torch.as_tensor(concentration, dtype=posterior1.concentration.dtype, device=posterior1.concentration.device)
-    return moment_matched_pairs(posterior1, posterior2, kappa)
+    return expected_pairs(posterior1, posterior2, concentration).grid()

@@ -245,7 +245,7 @@ def test_views_of_different_length_are_refused():
     ("options", "message"),
     [
         ({"evidence": "exakt"}, "one of exact, moment_matched, k_sample, elbo, got 'exakt'"),
-        ({"evidence": "exact", "concentration": 5.0}, "closed for concentration=math.inf"),
+        ({"negatives": "all"}, "one of sum, mean, got 'all'"),
         ({"evidence": "k_sample"}, "finite `concentration`"),
         ({"evidence": "elbo"}, "finite `concentration`"),
         ({"learn_concentration": True}, "nothing to learn"),

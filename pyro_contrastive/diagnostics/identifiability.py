@@ -22,7 +22,7 @@ from pyro_contrastive.diagnostics._arrays import FloatArray
 from pyro_contrastive.diagnostics.plots import _BLUE, _GREY, _ORANGE, _axes, _label
 from pyro_contrastive.distributions import VonMisesFisher
 from pyro_contrastive.factors import infonce_log_ratio
-from pyro_contrastive.kernels import expected_pairs
+from pyro_contrastive.kernels import expected_log_ratio
 from pyro_contrastive.ops.bessel import bessel_ratio, inverse_bessel_ratio
 from pyro_contrastive.ops.matching import matching_log_ratio
 
@@ -187,7 +187,7 @@ def identifiability(
         for start in range(0, batches * batch_size, batch_size):
             part = slice(start, start + batch_size)
             q1, q2 = (VonMisesFisher(mean[part], k[part]) for (mean, _), k in zip(laws, concentrations, strict=True))
-            log_f = expected_pairs(q1, q2, kappa).grid()
+            log_f = expected_log_ratio(q1, q2, kappa)
             items.append(
                 matching_log_ratio(log_f) if marginal == "empirical" else infonce_log_ratio(log_f, symmetric=True)
             )
@@ -196,9 +196,7 @@ def identifiability(
     ceiling = resultant(_CEILING)
     fixed = [kappa for _, kappa in laws]
     reference = evidence(fixed, own)
-    columns: dict[str, list[float]] = {
-        name: [] for name in ("along", "along_se", "alone", "alone_se", "level", "limit")
-    }
+    columns: dict[str, list[float]] = defaultdict(list)
     for value in values:
         factor = (resultant(own) / resultant(value)).sqrt()
         lengths = [bessel_ratio(dim, kappa) * factor for kappa in fixed]

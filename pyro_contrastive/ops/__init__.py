@@ -1,4 +1,4 @@
-"""Pure tensor numerics: Bessel functions, log-gamma differences, the radial quantile map. No Pyro here."""
+"""Pure tensor numerics: Bessel functions, log-gamma, the radial quantile map, exact pair evidence. No Pyro here."""
 
 from .bessel import (
     bessel_ratio,
@@ -11,16 +11,19 @@ from .bessel import (
     matched_log_density,
 )
 from .gamma import digamma_increment, log_gamma_increment
+from .series import expected_kernel_log_ratio, shared_latent_kernel_log_ratio
 
 __all__ = [
     "bessel_ratio",
     "bessel_ratio_complement",
     "bessel_ratios",
     "digamma_increment",
+    "expected_kernel_log_ratio",
     "inverse_bessel_ratio",
     "log_gamma_increment",
     "log_iv",
     "log_partition",
     "log_partition_scaled",
     "matched_log_density",
+    "shared_latent_kernel_log_ratio",
 ]

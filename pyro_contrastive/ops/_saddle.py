@@ -5,16 +5,16 @@ F is symmetric in its three concentrations. Let a be the largest and b, c the ot
 .. math::  F = E_{z \sim vMF(\mu_1, a)}\big[e^{S(z \cdot \mu_2)}\big], \qquad
            S(w) = \Phi\big(|b\,\mu + c\,\mu'|\big) - \Phi(b) - \Phi(c) \text{ at } \mu \cdot \mu' = w.
 
-S is concave in w, because Phi is concave in the squared length. Its tangent at any w0 therefore bounds F from above by a
-von Mises-Fisher integral in closed form, the best w0 is the mean of w under the law tilted by that tangent, and the
+S is concave in w, because Phi is concave in the squared length. Its tangent at any w0 therefore bounds F from above by
+a von Mises-Fisher integral in closed form, the best w0 is the mean of w under the law tilted by that tangent, and the
 second derivative of S there contributes a Gaussian factor:
 
 .. math::  \log F \approx S(w_0) - S'(w_0) w_0 + \Phi(|a \mu_1 + S'(w_0) \mu_2|) - \Phi(a)
                           - \tfrac12 \log\big(1 - S''(w_0) \operatorname{Var} w\big).
 
-Only one of the d - 1 directions is approximated, and that the one in which z hardly moves: where this module is used
-(20 nats below the peak and further) the error is below .1 % of the log ratio, largest at d = 2 and 3 for antipodal
-directions with three equal concentrations.
+Only one of the d - 1 directions is approximated, and that the one in which z hardly moves. Where the series hands over,
+the error is below .1 % of the log ratio, except for antipodal directions in low dimension with three nearly equal
+concentrations: there z may lie anywhere on a ring, and it reaches 1 % at d = 2 and .5 % at d = 3.
 """
 
 from __future__ import annotations
@@ -38,10 +38,8 @@ def _length(k: Tensor, g: Tensor, cosine: Tensor) -> Tensor:
 
 def _moments(dim: int, x: Tensor, rough: bool) -> tuple[Tensor, Tensor]:
     """h = A_d(x)/x and its logarithmic slope h'/(h x), from the ratio two dimensions up, which adds positive terms."""
-    if rough:  # Amos 1974, within a few percent
-        above = x / ((dim + 1) / 2 + torch.sqrt(((dim + 3) / 2) ** 2 + x.square()))
-    else:
-        above = bessel_ratio(dim + 2, x)
+    # rough: Amos 1974, within a few percent
+    above = x / ((dim + 1) / 2 + torch.hypot(x, x.new_tensor((dim + 3) / 2))) if rough else bessel_ratio(dim + 2, x)
     h = 1 / (dim + x * above)
     return h, above / x - h
 
@@ -49,7 +47,7 @@ def _moments(dim: int, x: Tensor, rough: bool) -> tuple[Tensor, Tensor]:
 def _residual(
     dim: int, a: Tensor, b: Tensor, c: Tensor, cosine: Tensor, w: Tensor, rough: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """w minus its mean under the law tilted by the tangent at w; slope g of S there, and S'' Var w <= 0; |a mu1 + g mu2|."""
+    """w minus its mean under the law tilted by the tangent at w; the slope g of S there; S'' Var w; |a mu1 + g mu2|."""
     h_inner, d_inner = _moments(dim, _length(b, c, w), rough)
     slope = b * c * h_inner
     curvature = b * c * slope * d_inner

@@ -6,9 +6,9 @@ For z ~ vMF(mu1, k1), z' ~ vMF(mu2, k2) and the pair kernel vMF(z'; z, kappa), t
              = \sum_{n \ge 0} m_n\, a_n(k_1)\, a_n(k_2)\, a_n(\kappa)\, P_n(\mu_1 \cdot \mu_2),
              \qquad a_n(k) = \frac{I_{\lambda+n}(k)}{I_\lambda(k)},\ \lambda = \tfrac d2 - 1,
 
-is a convolution on the sphere: a product in the degree n. The P_n are Gegenbauer polynomials with P_n(1) = 1 (cosines at
-d = 2) and m_n is the number of spherical harmonics of degree n, so that at cosine 1 all terms are positive and below it
-they cancel. In float64 that leaves about 30 nats below the peak; from 20 nats on :mod:`._saddle` takes over smoothly,
+is a convolution on the sphere: a product in the degree n. The P_n are Gegenbauer polynomials with P_n(1) = 1 (cosines
+at d = 2) and m_n is the number of spherical harmonics of degree n, so that at cosine 1 all terms are positive and below
+it they cancel. In float64 that leaves about 30 nats below the peak; before that :mod:`._saddle` takes over smoothly,
 which has no cancellation at all. float32 arguments are computed in float64 and rounded at the end.
 """
 
@@ -29,12 +29,14 @@ from pyro_contrastive.ops._once import once
 from pyro_contrastive.ops._saddle import saddle_log_ratio
 from pyro_contrastive.ops.bessel import check_float, log_partition_scaled
 
-__all__ = ["MAX_ORDER", "expected_kernel_log_ratio", "series_order"]
+__all__ = ["MAX_ORDER", "expected_kernel_log_ratio", "series_order", "shared_latent_kernel_log_ratio"]
 
 MAX_ORDER = 2_000  # pairs that would need more terms take the saddle-point form, which is then exact to 1e-9
-_CUT = 41.0  # terms below e^-41 of the largest are left out
-_BLEND = (20.0, 24.0)  # nats below the peak between which the saddle-point form replaces the series
-_FLOOR = 1e-26  # smallest F / peak that is looked at: keeps the log and its gradient finite before it is replaced
+_CUT = 46.0  # terms below e^-41 of the largest are left out
+# Nats below the peak between which the saddle-point form replaces the series. It is least accurate at d = 2, where the
+# rounding error of the series happens to be smallest.
+_BLEND, _BLEND_CIRCLE = (22.0, 26.0), (29.0, 35.0)
+_FLOOR = 1e-28  # smallest F / peak that is looked at: keeps the log and its gradient finite before it is replaced
 _SURE = 1e8  # concentrations above it are equal to infinity to every digit that matters here
 _LEAST = 1e-30  # added to a concentration of 0: its terms vanish, its gradient does not
 _TINY = 1e-10  # added to a squared concentration: shifts a log ratio by at most 1e-10 / (2 d) nats
@@ -84,7 +86,7 @@ def series_order(dim: int, *concentrations: float) -> int:
 
     Example:
         >>> series_order(10, 64.0, 64.0, 20.0)
-        42
+        38
     """
     # rounded up to the next eighth of an octave, so that a training run meets few different orders
     finite = [max(float(k), 0.25) for k in concentrations if k < _SURE]
@@ -156,7 +158,7 @@ def _rows(table: Tensor, block: slice) -> Tensor:
 
 
 class _Series(torch.autograd.Function):
-    """log F and log F at cosine 1; all arguments float64, at least two axes, broadcastable; no gradient to the latter."""
+    """log F, and log F at cosine 1 without gradient; arguments float64, with at least two axes, broadcastable."""
 
     @staticmethod
     def forward(
@@ -220,9 +222,25 @@ def _peak(left: Tensor, right: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _closed(dim: int, k1: Tensor, k2: Tensor, cosine: Tensor) -> Tensor:
-    """The shared latent (kappa infinite): Phi(|k1 mu1 + k2 mu2|) - Phi(k1) - Phi(k2)."""
-    k1, k2 = k1.clamp_max(_SURE), k2.clamp_max(_SURE)
+def shared_latent_kernel_log_ratio(dim: int, concentration1: Tensor, concentration2: Tensor, cosine: Tensor) -> Tensor:
+    r"""Exact log evidence of two views that share one latent: the limit of an infinite pair concentration.
+
+    .. math::  \log \frac{p(x, x')}{p(x)\,p(x')} = \Phi(|k_1 \mu_1 + k_2 \mu_2|) - \Phi(k_1) - \Phi(k_2)
+
+    Args:
+        dim: d >= 2.
+        concentration1: k1 >= 0, float32 or float64; infinity for a latent that is known exactly.
+        concentration2: k2 >= 0, likewise.
+        cosine: of the mean directions, in [-1, 1]. All broadcast.
+
+    Returns:
+        Broadcast shape, in nats. Differentiable.
+
+    Example:
+        >>> shared_latent_kernel_log_ratio(3, torch.tensor(5.0), torch.tensor(5.0), torch.tensor([1.0, -1.0]))
+        tensor([ 1.6095, -5.3947])
+    """
+    k1, k2 = concentration1.clamp_max(_SURE), concentration2.clamp_max(_SURE)
     # |k1 mu1 + k2 mu2|^2 = (k1 - k2)^2 + 2 k1 k2 (1 + cos); the tiny constant keeps the square root differentiable
     # where two equally sure posteriors are antipodal, and there Phi'(x)/x has a finite limit
     squared = (k1 - k2).square() + 2 * k1 * k2 * (1 + cosine).clamp_min(0.0)
@@ -267,7 +285,7 @@ def expected_kernel_log_ratio(
     Example:
         >>> one = torch.ones(2, dtype=torch.float64)
         >>> expected_kernel_log_ratio(10, 16 * one, 64 * one, 20 * one, torch.tensor([1.0, 0.4], dtype=torch.float64))
-        tensor([4.9768, 0.6497], dtype=torch.float64)
+        tensor([4.9766, 0.6505], dtype=torch.float64)
     """
     arguments = (concentration1, concentration2, concentration, cosine)
     for name, value in zip(("concentration1", "concentration2", "concentration", "cosine"), arguments, strict=True):
@@ -280,8 +298,8 @@ def expected_kernel_log_ratio(
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in arguments))
     for known in (2, 0, 1):  # the three concentrations play the same part: an infinite one leaves the closed form
         if smallest[known] >= _SURE:
-            rest = [k for i, k in enumerate(arguments[:3]) if i != known]
-            return _closed(dim, *rest, cosine).to(dtype)
+            a, b = (k for i, k in enumerate(arguments[:3]) if i != known)
+            return shared_latent_kernel_log_ratio(dim, a, b, cosine).to(dtype)
     shape = torch.broadcast_shapes(*(t.shape for t in arguments))
     k1, k2, kappa, c = (_two_axes(t.double(), len(shape)) for t in arguments)
     k1, k2, kappa = (k + _LEAST for k in (k1, k2, kappa))
@@ -289,7 +307,7 @@ def expected_kernel_log_ratio(
     c = c.expand(torch.broadcast_shapes(*(t.shape for t in (k1, k2, kappa, c))))
     order = series_order(dim, *largest)
     log_ratio, peak = _Series.apply(dim, min(order, MAX_ORDER), k1, k2, kappa, c)
-    if order > MAX_ORDER or 2 * min(largest) > _BLEND[0]:  # F(1) / F(c) is at most exp(2 k) for each concentration
+    if order > MAX_ORDER or 2 * min(largest) > _blend(dim)[0]:  # F(1) / F(c) is at most exp(2 k) for each concentration
         log_ratio = _with_far_side(dim, order, k1, k2, kappa, c, log_ratio, peak)
     return log_ratio.reshape(shape).to(dtype)
 
@@ -307,12 +325,17 @@ def _two_axes(value: Tensor, axes: int) -> Tensor:
     return value.reshape(*[1] * (axes - value.dim()), *value.shape)
 
 
+def _blend(dim: int) -> tuple[float, float]:
+    return _BLEND_CIRCLE if dim == 2 else _BLEND
+
+
 def _with_far_side(
     dim: int, order: int, k1: Tensor, k2: Tensor, kappa: Tensor, cosine: Tensor, log_ratio: Tensor, peak: Tensor
 ) -> Tensor:
     """Replace the series by the saddle-point form where it has cancelled, or is too short."""
     with torch.no_grad():
-        share = ((peak - log_ratio - _BLEND[0]) / (_BLEND[1] - _BLEND[0])).clamp(0, 1)
+        start, end = _blend(dim)
+        share = ((peak - log_ratio - start) / (end - start)).clamp(0, 1)
         if order > MAX_ORDER:
             share = share.masked_fill(1 / (1 / k1 + 1 / k2 + 1 / kappa) > _largest_for_series(dim), 1.0)
         far = share.nonzero(as_tuple=True)

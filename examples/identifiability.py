@@ -138,9 +138,9 @@ def score(row: Row, world: Any, model: Any, guide: Any, seed: int) -> dict[str, 
     return figures
 
 
-def profile(world: Any, model: Any, guide: Any, seed: int) -> diagnostics.Identifiability:
+def profile(world: Any, model: Any, guide: Any, seed: int, num_pairs: int) -> diagnostics.Identifiability:
     """Held-out evidence along the flat direction."""
-    pairs = world.sample(2_560, seed=3_000 + seed)
+    pairs = world.sample(num_pairs, seed=3_000 + seed)
     with torch.no_grad():
         laws = guide.posterior(pairs.x1), guide.posterior(pairs.x2)
     return diagnostics.identifiability(*laws, model.concentration, marginal=model.marginal)
@@ -163,7 +163,7 @@ def run(out: Path, seed: int = 0, device: str = "auto", small: bool = False) -> 
             world, model, guide = train(row, seed, device, out, batch_size)
             values = {**score(row, world, model, guide, seed)}
             if row.marginal == "uniform":
-                result = profile(world, model, guide, seed)
+                result = profile(world, model, guide, seed, 256 if small else 2_560)
                 low, high = result.plausible
                 values |= {"plausible_low": low, "plausible_high": high}
                 print(f"{name}\n  {result.summary()}")
@@ -173,7 +173,8 @@ def run(out: Path, seed: int = 0, device: str = "auto", small: bool = False) -> 
         figures |= {f"{name}: {key}": value for key, value in values.items()}
     file = out / "population.json"
     if not file.exists():
-        file.write_text(json.dumps(population(small), indent=2) + "\n")
+        values = {**population(small), **exact_profile(out, 256 if small else 10_240)}
+        file.write_text(json.dumps(values, indent=2) + "\n")
     return figures | json.loads(file.read_text())
 
 
@@ -223,6 +224,20 @@ def population(small: bool = False) -> dict[str, float]:
                 figures[f"{key}: s.e."] = float(slopes.std() / math.sqrt(len(slopes))) / abs(curvature)
                 figures[f"prior {prior:g}, batch {size}, {name}: curvature"] = curvature
     return figures
+
+
+def exact_profile(out: Path, num_pairs: int) -> dict[str, float]:
+    """The flat direction at exact posteriors: what no encoder, however well fitted, can tell from pairs."""
+    world = SphereWorld(10, (16.0, 64.0), 20.0)
+    pairs = world.sample(num_pairs, seed=0)
+    result = diagnostics.identifiability(world.posterior(pairs, 1), world.posterior(pairs, 2), 20.0)
+    diagnostics.plot_identifiability(result).figure.savefig(out / "identifiability.png")
+    names = ("level", "at_limit", "compensated", "compensated_error", "alone", "alone_error")
+    return {
+        f"exact laws, kappa_pos {kappa:.4g}: {name}": float(getattr(result, name)[i])
+        for i, kappa in enumerate(result.pair_concentration)
+        for name in names
+    }
 
 
 def table(out: Path, names: list[str]) -> str:

@@ -185,7 +185,7 @@ def population(small: bool = False) -> dict[str, float]:
     normalised likelihood (prior power 0) and the posterior (1), relative to the middle; then, for the middle, the
     common factor on all log ratios that is best for each size of batch: 1 is right.
     """
-    pairs = 512 if small else 10_240
+    pairs = 512 if small else 5_120
     likelihoods: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "uniform": lambda log_f: infonce_log_ratio(log_f, symmetric=True),
         "empirical": matching_log_ratio,

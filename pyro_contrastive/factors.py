@@ -278,7 +278,7 @@ def check_recognition(name: str, guide: Any) -> None:
         )
 
 
-def recognition_factor(name: str, z: Tensor, posterior: Any) -> Tensor:
+def recognition_factor(name: str, z: Tensor, posterior: Any, *, tile: int | None = None) -> Tensor:
     r"""Likelihood of the views in a recognition-parametrised model: :math:`R(z_i|x_i) \big/ \frac1N \sum_j R(z_i|x_j)`.
 
     The aggregate R(z) is the average of the batch's recognition laws, the item itself included, so the factor is at
@@ -288,6 +288,8 @@ def recognition_factor(name: str, z: Tensor, posterior: Any) -> Tensor:
         name: of the factor site, by convention the view that it observes.
         z: ``(..., N, d)`` latents, one per item.
         posterior: recognition law with batch shape ``(N,)``, as returned by ``guide.posterior(x)``.
+        tile: side of the tiles, for the laws of this package (:func:`infonce_log_ratio`); by default chosen from the
+            size of the batch.
 
     Returns:
         The emitted value, ``(..., N)`` in nats.
@@ -315,6 +317,5 @@ def recognition_factor(name: str, z: Tensor, posterior: Any) -> Tensor:
             f"factor {name!r} needs latents (..., N, d) and a posterior of batch shape (N,), got "
             f"{tuple(z.shape)} and {tuple(batch)}"
         )
-    # one matrix product where the law offers it, instead of an (N, N, d) tensor
-    score = getattr(posterior, "cross_log_prob", None)
-    return log_ratio_factor(name, score(z) if score else posterior.log_prob(z.unsqueeze(-2)))
+    cross = getattr(posterior, "cross_pairs", None)  # without an (N, N, d) tensor, and by tiles when N is large
+    return log_ratio_factor(name, cross(z) if cross else posterior.log_prob(z.unsqueeze(-2)), tile=tile)

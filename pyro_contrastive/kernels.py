@@ -270,6 +270,7 @@ def _expected(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
 
 def expected_pairs(posterior1: VonMisesFisher, posterior2: VonMisesFisher, concentration: float | Tensor) -> Pairs:
     """:func:`expected_log_ratio`, unevaluated."""
+    _check_families(posterior1, posterior2)
     if isinstance(concentration, Tensor):
         kappa = concentration.to(posterior1.concentration)
     elif not concentration > 0:

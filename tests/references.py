@@ -212,3 +212,46 @@ def projected_normal_angle(dim: int, kappa: float):
 def uniform_angle(kappa: float):
     """Constant density."""
     return np.zeros_like
+
+
+# The expected kernel of a pair of views -------------------------------------------------------------------------------
+
+
+@functools.cache
+def _expected_kernel_terms(dim: int, kappas: tuple[float, ...], digits: int) -> list[mp.mpf]:
+    """Coefficients of the Gegenbauer series, to `digits` decimal places after the point at cosine 1."""
+    with mp.workdps(digits):
+        order = mp.mpf(dim) / 2 - 1
+        finite = [mp.mpf(k) for k in kappas if not math.isinf(k)]
+        effective = 1 / sum(1 / k for k in finite)
+        # generous: the terms fall like exp(-n^2 / 2 k) and, once n exceeds every k, faster than geometrically
+        top = int(mp.sqrt(2.4 * effective * (2.4 * digits + dim * mp.log(2 + effective))) + digits + 20)
+        columns = []
+        for k in finite:
+            r = mp.besseli(order + top + 1, k) / mp.besseli(order + top, k)
+            ladder = []
+            for n in reversed(range(top)):
+                r = k / (2 * (order + n + 1) + k * r)
+                ladder.append(r)
+            columns.append(ladder[::-1])
+        terms = [mp.mpf(1)]
+        for n in range(1, top):
+            previous = mp.mpf(2 * n + dim - 4) / (n + dim - 3) * n if dim > 2 or n > 1 else mp.mpf(1)
+            step = mp.mpf(2) if dim == 2 and n == 1 else mp.mpf(1) if dim == 2 else (2 * n + dim - 2) / previous
+            for column in columns:
+                step *= column[n - 1]
+            terms.append(terms[-1] * step)
+        assert terms[-1] < mp.mpf(10) ** -digits * max(terms)
+        return terms
+
+
+def expected_kernel_log_ratio(dim: int, k1: float, k2: float, kappa: float, cos: float, digits: int = 60) -> mp.mpf:
+    """log of sum_n m_n a_n(k1) a_n(k2) a_n(kappa) C_n(cos)/C_n(1); `digits` also have to pay for the cancellation."""
+    terms = _expected_kernel_terms(dim, tuple(sorted((k1, k2, kappa))), digits)
+    with mp.workdps(digits):
+        x, total = mp.mpf(cos), terms[0]
+        previous, current = mp.mpf(1), mp.mpf(cos)
+        for n in range(1, len(terms)):
+            total += terms[n] * current
+            previous, current = current, ((2 * n + dim - 2) * x * current - n * previous) / (n + dim - 2)
+        return mp.log(total)

@@ -62,13 +62,14 @@ def test_identical_embeddings_give_zero_and_perfect_ones_log_n():
     torch.testing.assert_close(equal, torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("tile", [None, 4])
 @pytest.mark.parametrize("family", [VonMisesFisher, PowerSpherical, ProjectedNormal])
-def test_recognition_factor_equals_the_double_loop(family):
+def test_recognition_factor_equals_the_double_loop(family, tile):
     torch.manual_seed(1)
     mean = unit(6, 4)
     width = torch.rand(6, 4).double() + 0.2 if family is ProjectedNormal else 20 * torch.rand(6).double()
     posterior, z = family(mean, width), unit(6, 4)
-    trace = in_plate(lambda: recognition_factor("x1", z, posterior), 6)
+    trace = in_plate(lambda: recognition_factor("x1", z, posterior, tile=tile), 6)
     for i in range(6):
         densities = [float(family(mean[j], width[j]).log_prob(z[i]).exp()) for j in range(6)]
         want = math.log(densities[i]) - math.log(sum(densities) / 6)
@@ -112,6 +113,21 @@ def test_scale_and_subsampling_act_as_on_any_site():
     capture.trace.compute_log_prob()
     torch.testing.assert_close(scaled, 0.5 * plain)
     torch.testing.assert_close(capture.trace.nodes["f"]["log_prob_sum"], 10 * plain)
+
+
+@pytest.mark.parametrize("family", [VonMisesFisher, PowerSpherical, ProjectedNormal])
+def test_recognition_factor_by_tiles_has_the_gradients_of_the_grid(family):
+    torch.manual_seed(10)
+    z, mean = (unit(3, 7, 4).requires_grad_(), unit(7, 4).requires_grad_())  # three particles, one law
+    width = torch.rand(7, 4).double().add(0.2) if family is ProjectedNormal else 20 * torch.rand(7).double()
+    width.requires_grad_()
+    gradients = []
+    for tile in (None, 3):
+        with pyro.plate("particles", 3, dim=-2):
+            trace = in_plate(lambda tile=tile: recognition_factor("x", z, family(mean, width), tile=tile), 7)
+        gradients.append(torch.autograd.grad(trace.nodes["x"]["log_prob"].square().sum(), (z, mean, width)))
+    for whole, tiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(tiled, whole, rtol=1e-11, atol=1e-11)
 
 
 def test_gradients_by_finite_differences():

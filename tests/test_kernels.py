@@ -6,8 +6,22 @@ import mpmath
 import pytest
 import torch
 
-from pyro_contrastive.distributions import HypersphericalUniform, PowerSpherical, VonMisesFisher, log_uniform_density
-from pyro_contrastive.kernels import VonMisesFisherKernel, moment_matched_log_ratio, shared_latent_log_ratio
+from pyro_contrastive.distributions import (
+    HypersphericalUniform,
+    PowerSpherical,
+    ProjectedNormal,
+    VonMisesFisher,
+    log_uniform_density,
+)
+from pyro_contrastive.factors import infonce_log_ratio
+from pyro_contrastive.kernels import (
+    AnisotropicKernel,
+    PairKernel,
+    VonMisesFisherKernel,
+    expected_log_ratio,
+    moment_matched_log_ratio,
+    shared_latent_log_ratio,
+)
 
 
 def unit(*shape, dtype=torch.float64):
@@ -145,3 +159,105 @@ def test_other_families_are_refused_with_the_way_out():
     z = unit(2, 3)
     with pytest.raises(TypeError, match="k_sample"):
         shared_latent_log_ratio(PowerSpherical(z, torch.ones(2).double()), PowerSpherical(z, torch.ones(2).double()))
+    for concentration in (20.0, float("inf"), torch.tensor(20.0)):
+        with pytest.raises(TypeError, match="need VonMisesFisher posteriors, got ProjectedNormal"):
+            expected_log_ratio(*[ProjectedNormal(z, torch.ones(2, 3).double())] * 2, concentration)
+
+
+# --- anisotropic kernel -----------------------------------------------------------------------------------------------
+
+
+def test_anisotropic_kernel_is_the_quadratic_form_by_loops():
+    torch.manual_seed(4)
+    z1, z2, precision = unit(2, 4, 3), unit(2, 5, 3), [0.5, 4.0, 20.0]
+    got = AnisotropicKernel(3, precision, learn=False).double()(z1, z2)
+    for b in range(2):
+        for i in range(4):
+            for j in range(5):
+                want = -sum(p * float(z1[b, i, k] - z2[b, j, k]) ** 2 for k, p in enumerate(precision))
+                assert got[b, i, j].item() == pytest.approx(want, abs=1e-5)  # the precisions are rounded to float32
+
+
+def test_anisotropic_kernel_is_no_weighted_dot_product():
+    """The term in the candidate alone survives the softmax over candidates; with equal precisions it is a constant."""
+    torch.manual_seed(5)
+    z1, z2 = unit(6, 3), unit(6, 3)
+
+    def difference(precision):
+        weighted_dot = 2 * (z1 * torch.tensor(precision).double()) @ z2.mT
+        kernel = AnisotropicKernel(3, precision, learn=False).double()
+        return (infonce_log_ratio(kernel(z1, z2)) - infonce_log_ratio(weighted_dot)).abs().max()
+
+    assert difference([1.0, 4.0, 16.0]) > 0.5
+    assert difference([4.0, 4.0, 4.0]) < 1e-6
+
+
+def test_equal_precisions_are_the_von_mises_fisher_kernel_of_twice_the_concentration():
+    torch.manual_seed(6)
+    z1, z2 = unit(6, 3), unit(6, 3)
+    anisotropic, isotropic = AnisotropicKernel(3, 8.0).double()(z1, z2), VonMisesFisherKernel(16.0).double()(z1, z2)
+    torch.testing.assert_close(anisotropic, isotropic - 16)
+    torch.testing.assert_close(infonce_log_ratio(anisotropic), infonce_log_ratio(isotropic))
+
+
+def test_precisions_of_a_world_are_recovered_in_absolute_scale():
+    """Embeddings are the true latents, only the precisions are learned, from pairs drawn exactly (by rejection).
+
+    Over seeds 0 to 6 the estimates had a standard deviation of 2.5 % around the truth and a largest error of 6 %: 12 %
+    fails by chance in fewer than one of ten thousand runs, and does not forgive the factor 2 between the conventions.
+    """
+    truth, shape = torch.tensor([9.0, 3.0, 1.0]), (20, 300)
+    z1, candidates = unit(*shape, 3, dtype=torch.float32), unit(*shape, 200, 3, dtype=torch.float32)
+    accept = torch.rand(*shape, 200) < torch.exp(-((candidates - z1.unsqueeze(-2)).square() @ truth))
+    first = accept.int().argmax(-1, keepdim=True)  # the few without any accepted candidate take the first
+    z2 = candidates.take_along_dim(first.unsqueeze(-1), -2).squeeze(-2)
+    assert accept.any(-1).float().mean() > 0.999
+    kernel = AnisotropicKernel(3, 4.0)
+    optimiser = torch.optim.LBFGS(kernel.parameters(), max_iter=30, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        loss = -infonce_log_ratio(kernel(z1, z2, lazy=True)).mean()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    torch.testing.assert_close(kernel.precision.detach(), truth, rtol=0.12, atol=0)
+
+
+@pytest.mark.parametrize("precision", [0.0, -1.0, float("inf"), float("nan"), [1.0, 2.0, 0.0]])
+def test_precisions_are_checked(precision):
+    with pytest.raises(ValueError, match=r"`precision` must be positive and finite, got"):
+        AnisotropicKernel(3, precision)
+
+
+def test_shapes_of_the_anisotropic_kernel_are_checked():
+    with pytest.raises(ValueError, match=r"one per dimension, 3 of them, got shape \(2,\)"):
+        AnisotropicKernel(3, [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"3 precisions .* 4 dimensions; build AnisotropicKernel\(4\)"):
+        AnisotropicKernel(3)(torch.eye(4), torch.eye(4))
+
+
+def test_anisotropic_kernel_saves_and_loads_its_precisions():
+    for learn in (False, True):
+        kernel, other = AnisotropicKernel(2, [1.0, 7.0], learn=learn), AnisotropicKernel(2, learn=learn)
+        assert len(list(kernel.parameters())) == learn
+        other.load_state_dict(kernel.state_dict())
+        torch.testing.assert_close(other.precision, torch.tensor([1.0, 7.0]))
+
+
+# --- unevaluated grids ------------------------------------------------------------------------------------------------
+
+
+def test_finite_concentrations_join_the_shared_latent():
+    torch.manual_seed(7)
+    q1, q2 = (VonMisesFisher(unit(5, 6), 40 * torch.rand(5).double()) for _ in range(2))
+    nearly, shared = expected_log_ratio(q1, q2, 1e7), expected_log_ratio(q1, q2, float("inf"))
+    torch.testing.assert_close(shared, shared_latent_log_ratio(q1, q2), rtol=0, atol=0)
+    torch.testing.assert_close(nearly, shared, rtol=0, atol=1e-4)
+    torch.testing.assert_close(expected_log_ratio(q1, q2, torch.tensor(torch.inf)), shared, rtol=0, atol=1e-9)
+
+
+def test_a_kernel_without_pairs_is_told_what_to_define():
+    with pytest.raises(NotImplementedError, match=r"PairKernel must define pairs\(z1, z2\)"):
+        PairKernel()(torch.eye(2), torch.eye(2))

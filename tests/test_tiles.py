@@ -18,6 +18,7 @@ from pyro_contrastive.factors import infonce_factor, infonce_log_ratio
 from pyro_contrastive.kernels import (
     AnisotropicKernel,
     VonMisesFisherKernel,
+    expected_pairs,
     moment_matched_pairs,
     shared_latent_pairs,
 )
@@ -25,7 +26,7 @@ from pyro_contrastive.ops import tiles
 from pyro_contrastive.ops.tiles import Pairs, contrast
 
 DIM = 4
-KINDS = ["dot", "anisotropic", "shared latent", "moment matched", "shared tensor"]
+KINDS = ["dot", "anisotropic", "shared latent", "moment matched", "exact", "shared tensor"]
 
 
 def weighted(rows, columns, shared):
@@ -49,10 +50,12 @@ def case(kind, *batch, size=7, dtype=torch.float64):
         if kind == "shared tensor":
             return Pairs(weighted, (z[0], width[0].unsqueeze(-1)), (z[1],), (one,))
         q = [VonMisesFisher(*both) for both in zip(z, width, strict=True)]
-        return shared_latent_pairs(*q) if kind == "shared latent" else moment_matched_pairs(*q, one)
+        if kind == "shared latent":
+            return shared_latent_pairs(*q)
+        return (moment_matched_pairs if kind == "moment matched" else expected_pairs)(*q, one)
 
-    leaves = {"shared tensor": [*raw, width[0], one], "moment matched": [*raw, *width, one]}
-    return leaves.get(kind, [*raw, *width] if kind == "shared latent" else raw), pairs
+    leaves = {"dot": raw, "anisotropic": raw, "shared latent": [*raw, *width], "shared tensor": [*raw, width[0], one]}
+    return leaves.get(kind, [*raw, *width, one]), pairs
 
 
 def assert_same(leaves, pairs, **options):
@@ -196,7 +199,8 @@ def test_no_operation_returns_more_than_a_tile_or_the_items(kind):
             infonce_log_ratio(pairs(), tile=tile, symmetric=True, negatives="mean").sum().backward()
         largest[tile] = mode.numel
     assert largest[size] >= size * size  # the recorder sees the grid where there is one
-    assert largest[side] <= max(side * side, size * DIM)
+    series = 100 * side if kind == "exact" else 0  # its terms, per item of a tile
+    assert largest[side] <= max(side * side, size * DIM, series)
 
 
 def test_large_batches_go_by_tiles_and_small_ones_by_the_grid(monkeypatch):

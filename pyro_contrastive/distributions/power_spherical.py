@@ -49,11 +49,11 @@ class PowerSpherical(RotationallySymmetric):
         half = (self.dim - 1) / 2
         return self._log_normalizer() + self.concentration * digamma_increment(half + self.concentration, half)
 
-    def _log_kernel(self, versine: Tensor, concentration: Tensor | None = None) -> Tensor:
-        kappa = self.concentration if concentration is None else concentration
+    @staticmethod
+    def _log_kernel(versine: Tensor, concentration: Tensor) -> Tensor:
         # the density vanishes at the antipode: stay one rounding step away from log 0
         limit = 1 - torch.finfo(versine.dtype).eps
-        return kappa * torch.log1p(-(0.5 * versine).clamp_max(limit))
+        return concentration * torch.log1p(-(0.5 * versine).clamp_max(limit))
 
     def _log_normalizer(self) -> Tensor:
         # (1 + w)/2 ~ Beta((d-1)/2 + kappa, (d-1)/2)

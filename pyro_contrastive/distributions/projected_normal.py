@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_contrastive.ops.precision import matmul
 from pyro_contrastive.ops.projected import log_radial_integral
+from pyro_contrastive.ops.tiles import Pairs, Tensors
 
 from ._checks import check_float, check_on_sphere, check_same, check_unit, check_vectors
 
@@ -184,14 +185,14 @@ class ProjectedNormal(TorchDistribution):
         Returns:
             ``(..., N, M)`` for a batch of shape ``(..., M)``: entry (i, j) scores value i under member j.
         """
+        return self.cross_pairs(value).grid()
+
+    def cross_pairs(self, value: Tensor) -> Pairs:
+        """:meth:`cross_log_prob`, unevaluated."""
         check_on_sphere("value", value, self.event_shape[0])
-        dim = self.event_shape[0]
         whitening, location = self._whitening(), self.loc / self.scale_diag
-        length = matmul(value.square(), whitening.square().mT).sqrt()
-        a = matmul(value, (location * whitening).mT) / length
-        quadratic = location.square().sum(-1).unsqueeze(-2) - a.clamp_min(0.0).square()
-        gaussian = whitening.log().sum(-1).unsqueeze(-2) - 0.5 * dim * math.log(2 * math.pi) - 0.5 * quadratic
-        return gaussian - dim * length.log() + log_radial_integral(dim, a)
+        constants = (location.square().sum(-1, keepdim=True), whitening.log().sum(-1, keepdim=True))
+        return Pairs(_cross, (value,), (whitening.square(), location * whitening, *constants))
 
     def _whitening(self) -> Tensor:
         """``c / scale_diag`` with a constant ``c``: the law does not see a common factor, but the dtype does."""
@@ -229,6 +230,16 @@ class ProjectedNormal(TorchDistribution):
         control = 0.5 * dim * (squared_radius / expected - 1.0)
         gaussian_entropy = 0.5 * dim * (1.0 + math.log(2 * math.pi)) - whitening.log().sum(-1)
         return gaussian_entropy - (conditional - control).mean(0)
+
+
+def _cross(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
+    (value,), (squared_whitening, whitened_location, squared_location, log_whitening) = rows, columns
+    dim = value.shape[-1]
+    length = matmul(value.square(), squared_whitening.mT).sqrt()
+    a = matmul(value, whitened_location.mT) / length
+    quadratic = squared_location.mT - a.clamp_min(0.0).square()
+    gaussian = log_whitening.mT - 0.5 * dim * math.log(2 * math.pi) - 0.5 * quadratic
+    return gaussian - dim * length.log() + log_radial_integral(dim, a)
 
 
 def _normalize(vector: Tensor) -> Tensor:

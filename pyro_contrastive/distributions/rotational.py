@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_contrastive.ops.precision import matmul
 from pyro_contrastive.ops.radial import RadialFamily, draw
+from pyro_contrastive.ops.tiles import Pairs, Tensors
 
 from ._checks import Shape, check_concentration, check_float, check_on_sphere, check_same, check_unit, check_vectors
 
@@ -125,7 +126,7 @@ class RotationallySymmetric(TorchDistribution):
         if self._validate_args:
             check_unit("value", value)
         versine = 0.5 * (value - self.mean_direction).square().sum(-1)  # 1 - cos, accurate at small angles
-        return self._log_kernel(versine) - self._log_normalizer()
+        return self._log_kernel(versine, self.concentration) - self._log_normalizer()
 
     def cross_log_prob(self, value: Tensor) -> Tensor:
         """Log density of every value under every member of the batch, by one matrix product.
@@ -136,12 +137,22 @@ class RotationallySymmetric(TorchDistribution):
         Returns:
             ``(..., N, M)`` for a batch of shape ``(..., M)``: entry (i, j) scores value i under member j.
         """
-        check_on_sphere("value", value, self.dim)
-        versine = 1 - matmul(value, self.mean_direction.mT)
-        kappa = self.concentration.unsqueeze(-2)
-        return self._log_kernel(versine, kappa) - self._log_normalizer().unsqueeze(-2)
+        return self.cross_pairs(value).grid()
 
-    def _log_kernel(self, versine: Tensor, concentration: Tensor | None = None) -> Tensor:
+    def cross_pairs(self, value: Tensor) -> Pairs:
+        """:meth:`cross_log_prob`, unevaluated."""
+        check_on_sphere("value", value, self.dim)
+        members = (self.mean_direction, self.concentration.unsqueeze(-1), self._log_normalizer().unsqueeze(-1))
+        return Pairs(self._cross, (value,), members)
+
+    @classmethod
+    def _cross(cls, rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
+        (value,), (mean_direction, concentration, log_normalizer) = rows, columns
+        versine = 1 - matmul(value, mean_direction.mT)
+        return cls._log_kernel(versine, concentration.mT) - log_normalizer.mT
+
+    @staticmethod
+    def _log_kernel(versine: Tensor, concentration: Tensor) -> Tensor:
         """log f relative to its value at the mode, from 1 - cos."""
         raise NotImplementedError
 

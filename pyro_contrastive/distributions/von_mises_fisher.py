@@ -50,8 +50,9 @@ class VonMisesFisher(RotationallySymmetric):
         """Differential entropy with respect to surface area, in nats, shape ``batch``."""
         return self._log_normalizer() + self.concentration * bessel_ratio_complement(self.dim, self.concentration)
 
-    def _log_kernel(self, versine: Tensor, concentration: Tensor | None = None) -> Tensor:
-        return -(self.concentration if concentration is None else concentration) * versine
+    @staticmethod
+    def _log_kernel(versine: Tensor, concentration: Tensor) -> Tensor:
+        return -concentration * versine
 
     def _log_normalizer(self) -> Tensor:
         return log_partition_scaled(self.dim, self.concentration) - log_uniform_density(self.dim)

@@ -27,7 +27,7 @@ from pyro_contrastive.ops.bessel import bessel_ratio, log_partition_scaled
 __all__ = ["saddle_log_ratio"]
 
 _TINY = 1e-10  # added to squared lengths: keeps square roots differentiable at 0
-_SURE = 1e8  # concentrations above it are equal to infinity to every digit that matters here
+_SURE = 1e12  # concentrations above it are equal to infinity to every digit that matters here
 _ROUGH_STEPS, _EXACT_STEPS = 6, 2
 
 

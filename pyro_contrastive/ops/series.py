@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -32,12 +32,13 @@ from pyro_contrastive.ops.bessel import check_float, log_partition_scaled
 __all__ = ["MAX_ORDER", "expected_kernel_log_ratio", "series_order", "shared_latent_kernel_log_ratio"]
 
 MAX_ORDER = 2_000  # pairs that would need more terms take the saddle-point form, which is then exact to 1e-9
-_CUT = 46.0  # terms below e^-41 of the largest are left out
+# Nats by which the terms left out lie below the result, far from the peak where it is smallest
+_MARGIN = {torch.float32: 11.0, torch.float64: 23.0}
 # Nats below the peak between which the saddle-point form replaces the series. It is least accurate at d = 2, where the
 # rounding error of the series happens to be smallest.
 _BLEND, _BLEND_CIRCLE = (22.0, 26.0), (29.0, 35.0)
 _FLOOR = 1e-28  # smallest F / peak that is looked at: keeps the log and its gradient finite before it is replaced
-_SURE = 1e8  # concentrations above it are equal to infinity to every digit that matters here
+_SURE = 1e12  # concentrations above it are equal to infinity to every digit that matters here
 _LEAST = 1e-30  # added to a concentration of 0: its terms vanish, its gradient does not
 _TINY = 1e-10  # added to a squared concentration: shifts a log ratio by at most 1e-10 / (2 d) nats
 _BLOCK = 1 << 15  # elements that are summed at a time: the working set stays in the cache
@@ -64,33 +65,41 @@ def _log_iv_leading(order: np.ndarray, x: float) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def _order(dim: int, exponents: tuple[int, ...]) -> int:
+def _order(dim: int, cut: float, exponents: tuple[int, ...]) -> int:
     n = np.arange(MAX_ORDER + 2, dtype=float)
     log_term = _log_multiplicity(dim, n)
     for exponent in exponents:
         orders = n + max(dim / 2 - 1, 0.1)
         log_iv = _log_iv_leading(orders, 2.0 ** (exponent / 8))
         log_term = log_term + log_iv - log_iv[0]
-    return int(np.flatnonzero(log_term >= log_term.max() - _CUT)[-1]) + 1
+    return int(np.flatnonzero(log_term >= log_term.max() - cut)[-1]) + 1
 
 
-def series_order(dim: int, *concentrations: float) -> int:
+def series_order(dim: int, *concentrations: float, dtype: torch.dtype = torch.float64) -> int:
     """Number of the last term that matters when no concentration exceeds those given.
 
     Args:
         dim: d >= 2.
         concentrations: the largest of each argument, > 0; infinite ones do not limit the sum and may be left out.
+        dtype: of the result, float32 or float64.
 
     Returns:
         Largest degree n, at most ``MAX_ORDER + 1``, which stands for "more".
 
     Example:
-        >>> series_order(10, 64.0, 64.0, 20.0)
-        38
+        >>> series_order(10, 64.0, 64.0, 20.0), series_order(10, 64.0, 64.0, 20.0, dtype=torch.float32)
+        (39, 34)
     """
     # rounded up to the next eighth of an octave, so that a training run meets few different orders
     finite = [max(float(k), 0.25) for k in concentrations if k < _SURE]
-    return _order(dim, tuple(sorted(math.ceil(8 * math.log2(k)) for k in finite))) if finite else MAX_ORDER + 1
+    if not finite:
+        return MAX_ORDER + 1
+    cut = min(_blend(dim)[1], 2 * min(finite)) + _MARGIN[dtype]
+    return _order(dim, cut, tuple(sorted(math.ceil(8 * math.log2(k)) for k in finite)))
+
+
+def _blend(dim: int) -> tuple[float, float]:
+    return _BLEND_CIRCLE if dim == 2 else _BLEND
 
 
 @lru_cache
@@ -99,7 +108,7 @@ def _largest_for_series(dim: int) -> float:
     low, high = 0, 8 * 27
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _order(dim, (middle,)) <= MAX_ORDER else (low, middle)
+        low, high = (middle, high) if _order(dim, 60.0, (middle,)) <= MAX_ORDER else (low, middle)
     return float(2.0 ** (low / 8))
 
 
@@ -126,7 +135,7 @@ def _tables(dim: int, order: int, k1: Tensor, k2: Tensor, kappa: Tensor) -> tupl
     return (left - scale_left).exp(), (right - scale_right).exp(), scale_left + scale_right, slope
 
 
-def _polynomials(dim: int, order: int, cosine: Tensor) -> Any:
+def _polynomials(dim: int, order: int, cosine: Tensor) -> Iterator[Tensor]:
     """Yield P_0..P_order at the cosine; each is overwritten when the next but one is asked for."""
     previous, current = torch.ones_like(cosine), cosine.clone()
     yield previous
@@ -136,6 +145,14 @@ def _polynomials(dim: int, order: int, cosine: Tensor) -> Any:
         previous.mul_(-n / (n + dim - 2)).addcmul_(current, cosine, value=(2 * n + dim - 2) / (n + dim - 2))
         previous, current = current, previous
         yield current
+
+
+def _raise_dimension(dim: int, n: int, lower: Tensor, polynomial: Tensor) -> Tensor:
+    """P_n of dimension d + 2, in place of P_(n-2) of dimension d + 2, from P_n of dimension d; a weighted mean."""
+    if n < 2:
+        return polynomial.clone()
+    # (n + lambda) C_n = lambda (C_n - C_(n-2) of order lambda + 1), all divided by their values at 1
+    return lower.lerp_(polynomial, (2 * n + dim - 2) * (dim - 1) / ((n + dim - 1) * (n + dim - 2)))
 
 
 def _contract(values: Tensor, other: Tensor, shape: torch.Size) -> Tensor:
@@ -166,48 +183,61 @@ class _Series(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         left, right, scale, _ = _tables(dim, order, k1, k2, kappa)
         total = torch.zeros_like(cosine)
+        slope = torch.zeros_like(cosine) if ctx.needs_input_grad[5] else None  # of F in the cosine
         for block in _row_blocks(cosine.shape):
             part = total[..., block, :]
+            raised: list[Tensor] = [part, part]  # P_n, P_(n-1) in dimension d + 2
             for n, p in enumerate(_polynomials(dim, order, cosine[..., block, :])):
-                part.addcmul_(p * _rows(right[n], block), _rows(left[n], block))
+                term = _rows(left[n], block) * _rows(right[n], block)
+                part.addcmul_(term, p)
+                if slope is not None:
+                    if n:  # P_n' = n (n + d - 2) / (d - 1) times P_(n-1) in dimension d + 2
+                        slope[..., block, :].addcmul_(term, raised[0], value=n * (n + dim - 2) / (dim - 1))
+                    raised = [_raise_dimension(dim, n, raised[1], p), raised[0]]
         top = _peak(left, right)
-        floored = torch.maximum(total, _FLOOR * top)
-        ctx.save_for_backward(k1, k2, kappa, cosine, floored)
+        total = torch.maximum(total, _FLOOR * top)
+        ctx.save_for_backward(k1, k2, kappa, cosine, total, slope)
         ctx.static = (dim, order)
         peak = top.log() + scale
         ctx.mark_non_differentiable(peak)
-        return floored.log() + scale, peak
+        return total.log() + scale, peak
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        k1, k2, kappa, cosine, floored = ctx.saved_tensors
-        dim, order = ctx.static
-        left, right, _, slopes = _tables(dim, order, k1, k2, kappa)
-        weight = grad / floored
-        to_left, to_right = torch.zeros_like(left), torch.zeros_like(right)
-        to_cosine = torch.zeros_like(cosine)
-        for block in _row_blocks(cosine.shape):
-            c, w, out = cosine[..., block, :], weight[..., block, :], to_cosine[..., block, :]
-            # P_n' = n (n + d - 2) / (d - 1) times the polynomial of degree n - 1 in dimension d + 2
-            slope = _polynomials(dim + 2, max(order - 1, 0), c)
-            for n, p in enumerate(_polynomials(dim, order, c)):
-                a, b = _rows(left[n], block), _rows(right[n], block)
-                q = w * p
-                _rows(to_left[n], block).add_(_contract(q, b, a.shape))
-                _rows(to_right[n], block).add_(_contract(q, a, b.shape))
-                if n:
-                    out.addcmul_(next(slope) * b, a, value=n * (n + dim - 2) / (dim - 1))
-        to_cosine *= weight
-        to_left *= left
-        to_right *= right
-        grads = [
-            (to_left * slopes[0]).sum(0).sum_to_size(k1.shape),
-            (to_right * slopes[1]).sum(0).sum_to_size(k2.shape),
-            (to_left * slopes[2]).sum(0).sum_to_size(kappa.shape),
-            to_cosine,
-        ]
+        k1, k2, kappa, cosine, total, slope = ctx.saved_tensors
+        with torch.no_grad():
+            weight = grad / total
+            grads: list[Tensor | None] = [None, None, None]
+            if any(ctx.needs_input_grad[2:5]):
+                dim, order = ctx.static
+                grads = _gradients(dim, order, k1, k2, kappa, cosine, weight)
+            grads.append(None if slope is None else weight * slope)
         inputs = (k1, k2, kappa, cosine, grad)
-        return None, None, *(once("expected_kernel_log_ratio", g, *inputs) for g in grads)
+        name = "expected_kernel_log_ratio"
+        return None, None, *(None if g is None else once(name, g, *inputs) for g in grads)
+
+
+def _gradients(
+    dim: int, order: int, k1: Tensor, k2: Tensor, kappa: Tensor, cosine: Tensor, weight: Tensor
+) -> list[Tensor | None]:
+    """Of sum(weight * F), on the scale of the tables, to k1, k2 and kappa."""
+    left, right, _, slopes = _tables(dim, order, k1, k2, kappa)
+    to_left, to_right = torch.zeros_like(left), torch.zeros_like(right)
+    for block in _row_blocks(cosine.shape):
+        w = weight[..., block, :]
+        term = torch.empty_like(w)
+        for n, p in enumerate(_polynomials(dim, order, cosine[..., block, :])):
+            a, b = _rows(left[n], block), _rows(right[n], block)
+            torch.mul(w, p, out=term)
+            _rows(to_left[n], block).add_(_contract(term, b, a.shape))
+            _rows(to_right[n], block).add_(_contract(term, a, b.shape))
+    to_left *= left
+    to_right *= right
+    return [
+        (to_left * slopes[0]).sum(0).sum_to_size(k1.shape),
+        (to_right * slopes[1]).sum(0).sum_to_size(k2.shape),
+        (to_left * slopes[2]).sum(0).sum_to_size(kappa.shape),
+    ]
 
 
 def _peak(left: Tensor, right: Tensor) -> Tensor:
@@ -305,9 +335,9 @@ def expected_kernel_log_ratio(
     k1, k2, kappa = (k + _LEAST for k in (k1, k2, kappa))
     c = c + (c.detach().clamp(-1, 1) - c.detach())
     c = c.expand(torch.broadcast_shapes(*(t.shape for t in (k1, k2, kappa, c))))
-    order = series_order(dim, *largest)
+    order = series_order(dim, *largest, dtype=dtype)
     log_ratio, peak = _Series.apply(dim, min(order, MAX_ORDER), k1, k2, kappa, c)
-    if order > MAX_ORDER or 2 * min(largest) > _blend(dim)[0]:  # F(1) / F(c) is at most exp(2 k) for each concentration
+    if order > MAX_ORDER or 2 * min(largest) > _blend(dim)[0]:  # F(1)/F(c) <= exp(2k) for each concentration
         log_ratio = _with_far_side(dim, order, k1, k2, kappa, c, log_ratio, peak)
     return log_ratio.reshape(shape).to(dtype)
 
@@ -323,10 +353,6 @@ def _two_axes(value: Tensor, axes: int) -> Tensor:
     if axes < 2:
         return value.reshape(-1, 1)
     return value.reshape(*[1] * (axes - value.dim()), *value.shape)
-
-
-def _blend(dim: int) -> tuple[float, float]:
-    return _BLEND_CIRCLE if dim == 2 else _BLEND
 
 
 def _with_far_side(

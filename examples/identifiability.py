@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ MARGINAL = [  # what the model assumes about the marginal of the latents
     for marginal in ("uniform", "empirical")
     if marginal == "empirical" or not world.startswith("uniform")
 ]
+LONGER = [replace(row, steps=5_000) for row in (MARGINAL[1], MARGINAL[3])]  # the shallow directions come last
 
 
 def train(row: Row, seed: int, device: str, out: Path | None, batch_size: int) -> tuple[Any, Any, Any]:
@@ -150,11 +151,11 @@ def run(out: Path, seed: int = 0, device: str = "auto", small: bool = False) -> 
     """Fit and score all rows that are not in ``out/rows`` yet; give all figures under flat names."""
     rows_dir = out / "rows"
     rows_dir.mkdir(parents=True, exist_ok=True)
-    rows = [*LEVEL, *MARGINAL]
+    rows = [*LEVEL, *MARGINAL, *LONGER]
     batch_size = 256
     if small:
         kept = [LEVEL[0], LEVEL[7], MARGINAL[1], MARGINAL[5]]
-        rows, batch_size = [Row(**{**vars(row), "steps": 20}) for row in kept], 64
+        rows, batch_size = [replace(row, steps=20) for row in kept], 64
     figures: dict[str, float] = {}
     for row in rows:
         name = row.name(seed)

@@ -3,7 +3,8 @@
 if __name__ == "models":
     raise ImportError("import pyro_contrastive.models, not the bare folder models")
 
+from .hedged_instance import HedgedInstance
 from .mcinfonce import MCInfoNCE
 from .rpm import RPM
 
-__all__ = ["MCInfoNCE", "RPM"]
+__all__ = ["HedgedInstance", "MCInfoNCE", "RPM"]

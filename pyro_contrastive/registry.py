@@ -23,8 +23,8 @@ METHODS = {
     "rpm": "recognition-parametrised model, concentration of the pairs learned   https://arxiv.org/abs/2209.05661",
 }
 EVIDENCES = {
-    "exact": "closed form for views that share one latent (concentration inf); no temperature",
-    "moment_matched": "closed form, approximate, for a finite concentration of the pairs",
+    "exact": "no samples, no approximation; with concentration inf the views share one latent",
+    "moment_matched": "no samples, approximate and faster, for a finite concentration of the pairs",
     "k_sample": "log of the mean over posterior samples; few samples favour too narrow posteriors",
     "elbo": "mean of the log over posterior samples",
 }
@@ -45,16 +45,14 @@ class DataDefaults:
     dim: int
     steps: int
     lr: float
-    evidence: str
+    concentration: float
 
 
 DATA = {
     "digits": DataDefaults(
-        "1,797 handwritten digits, 8 x 8; views: shift and pixel dropout of known strength", 16, 1_500, 1e-3, "exact"
+        "1,797 handwritten digits, 8 x 8; views: shift and pixel dropout of known strength", 16, 1_500, 1e-3, math.inf
     ),
-    "sphere": DataDefaults(
-        "SphereWorld: artificial views whose exact posterior is known", 10, 3_000, 2e-3, "moment_matched"
-    ),
+    "sphere": DataDefaults("SphereWorld: artificial views whose exact posterior is known", 10, 3_000, 2e-3, 20.0),
 }
 
 
@@ -113,12 +111,7 @@ class RunConfig:
             concentration = 10.0 if concentration is None else concentration
         else:
             if evidence is None:
-                if self.guide != "vmf":
-                    evidence = "elbo" if self.guide == "delta" else "k_sample"
-                elif concentration is not None:
-                    evidence = "exact" if concentration == math.inf else "moment_matched"
-                else:
-                    evidence = defaults.evidence
+                evidence = {"vmf": "exact", "delta": "elbo"}.get(self.guide, "k_sample")
             _one_of("evidence", evidence, EVIDENCES)
             if evidence in CLOSED_FORMS and self.guide != "vmf":
                 raise ValueError(
@@ -126,7 +119,7 @@ class RunConfig:
                     "use k_sample or elbo"
                 )
             if concentration is None:
-                concentration = math.inf if evidence == "exact" else 20.0
+                concentration = defaults.concentration if evidence == "exact" else 20.0
         filled = {
             "evidence": evidence,
             "concentration": concentration,

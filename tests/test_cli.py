@@ -64,7 +64,7 @@ def test_a_wrong_name_lists_the_valid_ones(capsys, argv, named):
         (["--device", "gpu"], "`device` must be 'auto', 'cpu', 'cuda'"),
         (["--concentration", "nan"], "`concentration` must be > 0, got nan"),
         (["--method", "rpm", "--evidence", "exact"], "choice of mcinfonce only"),
-        (["--evidence", "exact", "--concentration", "5"], "concentration"),
+        (["--evidence", "exact", "--concentration", "0"], "`concentration` must be > 0"),
         (["--guide", "delta", "--evidence", "exact"], "closed form of guide 'vmf'"),
         (["--guide", "delta", "--method", "rpm"], "a posterior with a density"),
         (["--evidence", "moment_matched", "--concentration", "inf"], "'exact'"),
@@ -121,7 +121,8 @@ def test_the_configuration_rebuilds_the_same_pair(tmp_path):
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
     assert Run(RunConfig(data="sphere")).world().pair_concentration == 20.0
-    assert Run(RunConfig(data="sphere", evidence="exact")).world().pair_concentration == math.inf
+    assert Run(RunConfig(data="sphere")).world().pair_concentration == 20.0
+    assert Run(RunConfig(data="sphere", concentration=math.inf)).world().pair_concentration == math.inf
 
 
 def test_report_of_a_folder_without_a_run(tmp_path, capsys):

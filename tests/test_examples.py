@@ -13,6 +13,20 @@ import pyro
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+LEVELS = ("50%", "80%", "95%")
+RETRIEVAL = {
+    *(f"sphere_{what}_{which}_{p}" for what in ("latent", "partner") for which in ("learned", "exact") for p in LEVELS),
+    *(f"sphere_{which}_among_all_{p}" for which in ("learned", "exact") for p in (*LEVELS, "size")),
+    *(f"sphere_partner_in_{kind}_{which}" for kind in ("set", "cap") for which in ("learned", "exact")),
+    *(f"sphere_{kind}_size_{which}" for kind in ("set", "cap") for which in ("learned", "exact")),
+    *(f"digits_{what}_{p}" for what in ("partner", "among_all") for p in LEVELS),
+    *(
+        f"digits_{kind}_{score}"
+        for kind in ("set", "cap")
+        for score in ("size", "empty", "precision", "recall", "f1", "size_vs_damage")
+    ),
+    *(f"digits_{score}" for score in ("among_all_size", "recall_at_1", "map_at_r", "aurc", "excess_aurc")),
+}
 
 
 def load(name):
@@ -27,6 +41,7 @@ def load(name):
     [
         ("quickstart", {"spearman", "kappa_error", "coverage_50%", "coverage_80%", "coverage_95%"}),
         ("own_model", {"loss", "first_loss", "kappa", "pair_cosine"}),
+        ("retrieval", RETRIEVAL),
     ],
 )
 def test_example_runs_with_its_options_and_writes_a_flat_summary(tmp_path, name, figures):

@@ -40,7 +40,7 @@ def concentration_of_pairs(z1, z2):
 def test_mcinfonce_recovers_the_posterior(record_property):
     world = SphereWorld(dim=DIM, concentration=(16.0, 64.0), pair_concentration=20.0)
     guide = guides.VonMisesFisher(encoder(), DIM)
-    model = models.MCInfoNCE(guide, concentration=20.0, evidence="moment_matched")
+    model = models.MCInfoNCE(guide, concentration=20.0)
     train(model, guide, world, record_property, steps=1_200, lr=3e-3)
     test = world.sample(4_000, seed=99)
     with torch.no_grad():

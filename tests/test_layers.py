@@ -39,7 +39,8 @@ LAYERS = {
 }
 METHODS = {"models", "guides"}
 JOINS_METHODS = {"registry", "cli", "__main__"}  # the only parts that know both a method and the core
-LATE = {"torchvision", "sklearn", "matplotlib", "arviz", "xarray"}  # slow to import: inside functions only
+LATE = {"torchvision", "sklearn", "matplotlib", "arviz", "xarray", "faiss"}  # slow to import: inside functions only
+EXTRAS = {"faiss": ("retrieval", "faiss-cpu")}  # modules that only an extra installs, and their distributions
 MAX_LINES = 420
 
 
@@ -159,11 +160,13 @@ def test_a_file_has_one_purpose(path: Path):
 def test_every_library_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.match(r"[\w-]+", line).group().lower() for line in project["dependencies"]}
+    for module, (extra, owner) in EXTRAS.items():
+        assert any(line.startswith(owner) for line in project["optional-dependencies"][extra]), f"declare {module}"
     distributions = packages_distributions()
     for path in files():
         for name, _ in imports(path.read_text(), ".".join(path.relative_to(ROOT).parts[:-1])):
             top = name.split(".")[0]
-            if top != PACKAGE and top not in sys.stdlib_module_names:
+            if top not in {PACKAGE, *EXTRAS, *sys.stdlib_module_names}:
                 assert declared & {owner.lower() for owner in distributions[top]}, f"{path} imports {top}: declare it"
 
 

@@ -30,6 +30,8 @@ def mcinfonce(evidence, **kwargs):
 PAIRS = {
     "exact": (mcinfonce("exact"), guides.VonMisesFisher),
     "exact, one direction": (mcinfonce("exact", symmetric=False), guides.VonMisesFisher),
+    "exact, latents apart": (mcinfonce("exact", concentration=8.0), guides.VonMisesFisher),
+    "exact, mean of negatives": (mcinfonce("exact", concentration=8.0, negatives="mean"), guides.VonMisesFisher),
     "moment matched": (mcinfonce("moment_matched"), guides.VonMisesFisher),
     "Delta, elbo": (mcinfonce("elbo"), guides.Delta),
     "Delta, learned": (mcinfonce("elbo", learn_concentration=True), guides.Delta),

@@ -1,19 +1,32 @@
-"""Worlds whose posterior is known, two-view wrappers, and images that ship with a dependency."""
+"""Worlds whose posterior is known, two-view wrappers, images that ship with a dependency, and CIFAR-10H."""
 
 from __future__ import annotations
 
+from .augment import crop_flip_jitter, crop_ladder, shift_and_flip
+from .cifar10h import Cifar10H, Fold, SoftLabelPairs, five_folds, load_cifar10h, sample_partners
 from .digits import corrupt, load_digits, shift_and_dropout
 from .nonuniform_world import AcceptanceWorld
+from .pair_world import PairWorld
 from .sphere_world import SphereBatch, SphereWorld
 from .views import TwoViews, ViewLoader
 
 __all__ = [
     "AcceptanceWorld",
+    "Cifar10H",
+    "Fold",
+    "PairWorld",
+    "SoftLabelPairs",
     "SphereBatch",
     "SphereWorld",
     "TwoViews",
     "ViewLoader",
     "corrupt",
+    "crop_flip_jitter",
+    "crop_ladder",
+    "five_folds",
+    "load_cifar10h",
     "load_digits",
+    "sample_partners",
     "shift_and_dropout",
+    "shift_and_flip",
 ]

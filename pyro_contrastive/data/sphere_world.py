@@ -292,11 +292,11 @@ class SphereWorld(nn.Module):
         return WorldBatches(self, batch_size, seed)
 
 
-class World(Protocol):
-    """Anything that draws pairs by seed."""
+class Sampler(Protocol):
+    """A world, as far as :class:`WorldBatches` is concerned."""
 
     def sample(self, num_pairs: int, seed: int | None = None) -> SphereBatch:
-        """Draw pairs; see :meth:`SphereWorld.sample`."""
+        """Draw pairs; the same seed gives the same pairs."""
         ...
 
 
@@ -312,7 +312,7 @@ class WorldBatches:
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(self, world: World, batch_size: int, seed: int) -> None:
+    def __init__(self, world: Sampler, batch_size: int, seed: int) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be >= 1, got {batch_size!r}")
         derived_seed(seed)  # checks it

@@ -172,12 +172,15 @@ class ViewLoader:
         for batch in range(first, len(self)):
             index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             generator = torch.Generator(device).manual_seed(derived_seed(self.seed, epoch, batch))
-            images = self.images[index]
-            views = [self.augment(images, generator) for _ in range(self.num_views)]
             extras = () if self.labels is None else (self.labels[index],)
-            yield (
-                *(view if isinstance(view, Tensor) else view[0] for view in views),
-                *extras,
-                *((index,) if self.return_index else ()),
-            )
+            yield (*self._views(index, generator), *extras, *((index,) if self.return_index else ()))
         self.epoch = epoch + 1
+
+    def _views(self, index: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Make the views of the items ``index``; a loader with another notion of a pair overrides this."""
+        images = self.images[index]
+        return [self._augmented(images, generator) for _ in range(self.num_views)]
+
+    def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        view = self.augment(images, generator)
+        return view if isinstance(view, Tensor) else view[0]

@@ -16,6 +16,8 @@ from pyro_contrastive.diagnostics.calibration import (
     uniformity_pvalue,
 )
 from pyro_contrastive.diagnostics.identifiability import Identifiability, identifiability, plot_identifiability
+from pyro_contrastive.diagnostics.partner import partner_pit, partner_probability, partner_radius
+from pyro_contrastive.diagnostics.partner_sets import partner_sets
 from pyro_contrastive.diagnostics.plots import (
     plot_accuracy_by_quartile,
     plot_aggregate,
@@ -26,6 +28,7 @@ from pyro_contrastive.diagnostics.plots import (
     plot_neighbours,
     plot_pit,
 )
+from pyro_contrastive.diagnostics.plots_retrieval import plot_credible_caps, plot_credible_sets, plot_risk_coverage
 from pyro_contrastive.diagnostics.report import Picture, Section, image_report, sphere_report, write_html, write_summary
 from pyro_contrastive.diagnostics.representation import (
     Uniformity,
@@ -35,40 +38,73 @@ from pyro_contrastive.diagnostics.representation import (
     knn_accuracy,
     knn_correct,
 )
+from pyro_contrastive.diagnostics.retrieval import CredibleSets, cap_area, credible_sets
+from pyro_contrastive.diagnostics.retrieval_scores import (
+    ClassScores,
+    CredibleCurve,
+    RankingScores,
+    RiskCoverage,
+    class_scores,
+    credible_curve,
+    label_entropy,
+    ranking_scores,
+    risk_coverage,
+    size_correlation,
+)
 
 __all__ = [
     "AlignmentScore",
+    "ClassScores",
     "Coverage",
+    "CredibleCurve",
+    "CredibleSets",
     "Identifiability",
     "Picture",
+    "RankingScores",
+    "RiskCoverage",
     "Section",
     "Uniformity",
     "accuracy_by_quartile",
     "aggregate_uniformity",
     "align_and_score",
+    "cap_area",
     "cap_pit",
     "cap_probability",
     "cap_radius",
+    "class_scores",
     "corruption_correlation",
     "cosine_correlation",
     "coverage",
+    "credible_curve",
+    "credible_sets",
     "direction_and_concentration",
     "identifiability",
     "image_report",
     "knn_accuracy",
     "knn_correct",
+    "label_entropy",
+    "partner_pit",
+    "partner_probability",
+    "partner_radius",
+    "partner_sets",
     "plot_accuracy_by_quartile",
     "plot_aggregate",
     "plot_concentration_recovery",
     "plot_concentration_vs_corruption",
     "plot_coverage",
+    "plot_credible_caps",
+    "plot_credible_sets",
     "plot_history",
     "plot_identifiability",
     "plot_neighbours",
     "plot_pit",
+    "plot_risk_coverage",
     "procrustes",
     "rank_pit",
+    "ranking_scores",
+    "risk_coverage",
     "sbc_ranks",
+    "size_correlation",
     "sphere_report",
     "to_arviz",
     "uniformity_pvalue",

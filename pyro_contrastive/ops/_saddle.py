@@ -90,6 +90,6 @@ def saddle_log_ratio(dim: int, k1: Tensor, k2: Tensor, kappa: Tensor, cosine: Te
     # Phi(k) = k + scaled(k): the linear parts are combined before they can cancel
     linear_inner = -2 * b * c * (1 - w) / (inner + b + c)
     linear_outer = slope * ((slope + 2 * a * cosine) / (outer + a) - w)
-    scaled = [log_partition_scaled(dim, x) for x in (inner, outer, a, b, c)]
-    value = linear_inner + linear_outer + scaled[0] + scaled[1] - scaled[2] - scaled[3] - scaled[4]
-    return value - 0.5 * torch.log1p(-bend)
+    # one call for all five: the far side is few pairs, and calls are what it costs
+    scaled = log_partition_scaled(dim, torch.stack([inner, outer, a, b, c]))
+    return linear_inner + linear_outer + scaled[:2].sum(0) - scaled[2:].sum(0) - 0.5 * torch.log1p(-bend)

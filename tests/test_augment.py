@@ -1,0 +1,129 @@
+"""Per-image augmentations against torchvision's functions, one image at a time, and the laws of their draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy import stats
+from torchvision.transforms.v2 import functional as tv
+
+from pyro_contrastive.data import crop_flip_jitter, crop_ladder, shift_and_flip
+
+
+def images(n, side=32, seed=0):
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def ramps(n, side=32):
+    """Images whose channels are the coordinates of their pixels: a view of them tells where it came from."""
+    axis = (torch.arange(side) + 0.5) / side
+    rows, columns = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([rows, columns, torch.full_like(rows, 0.5)]).expand(n, -1, -1, -1)
+
+
+def test_crops_are_rectangles_inside_the_image_of_the_stated_size():
+    n, side = 2_000, 32
+    view, fraction = crop_flip_jitter(ramps(n), generator(), jitter=0.0, grey=0.0)
+    inner = slice(8, 24)  # where no border is replicated
+    rows, columns = view[:, 0, inner, inner], view[:, 1, inner, inner]
+    step_y, step_x = rows.diff(dim=1), columns.diff(dim=2)
+    # an affine map: constant steps along one axis, none along the other
+    torch.testing.assert_close(step_y, step_y[:, :1, :1].expand_as(step_y), atol=1e-5, rtol=0)
+    torch.testing.assert_close(step_x, step_x[:, :1, :1].expand_as(step_x), atol=1e-5, rtol=0)
+    assert float(rows.diff(dim=2).abs().max()) < 1e-5 > float(columns.diff(dim=1).abs().max())
+    height, width = step_y[:, 0, 0] * side, step_x[:, 0, 0] * side
+    torch.testing.assert_close(fraction, (height * width.abs()).sqrt(), atol=1e-4, rtol=0)
+    assert float(fraction.min()) > 0.2**0.5 - 1e-4 and float(fraction.max()) <= 1.0
+    for centre, length in ((rows.mean((1, 2)), height), (columns.mean((1, 2)), width.abs())):
+        assert float((centre - length / 2).min()) > -1e-4 and float((centre + length / 2).max()) < 1 + 1e-4
+    # 2,000 fair coins: 5 standard deviations ring falsely with probability 6e-7
+    assert abs(float((width < 0).float().mean()) - 0.5) < 5 * 0.5 / n**0.5
+
+
+def test_area_is_uniform_where_no_side_is_cut():
+    _, fraction = crop_flip_jitter(images(4_000, 4), generator(), scale=(0.2, 0.7))
+    area = fraction.square().numpy()
+    assert stats.kstest(area, stats.uniform(0.2, 0.5).cdf).pvalue > 1e-4  # the rate of false alarms
+
+
+def test_the_whole_image_comes_back_mirrored_or_not():
+    x = images(20)
+    view, fraction = crop_flip_jitter(x, generator(3), scale=(1.0, 1.0), ratio=(1.0, 1.0), jitter=0.0, grey=0.0)
+    assert torch.equal(fraction, torch.ones(20))
+    for image, seen in zip(x, view, strict=True):
+        errors = [float((seen - y).abs().max()) for y in (image, tv.horizontal_flip(image))]
+        assert min(errors) < 1e-5 < max(errors)
+
+
+@pytest.mark.parametrize("grey", [0.0, 1.0])
+def test_jitter_against_torchvision(grey):
+    x, n = images(16, seed=1), 16
+    view, _ = crop_flip_jitter(x, generator(5), scale=(1.0, 1.0), ratio=(1.0, 1.0), jitter=0.6, grey=grey)
+    draw = torch.rand((9, n), generator=generator(5))
+    for i in range(n):
+        one = tv.horizontal_flip(x[i]) if float(draw[2, i]) < 0.5 else x[i]
+        factors = [1 + 0.6 * (2 * float(draw[k, i]) - 1) for k in (5, 6, 7)]
+        one = tv.adjust_brightness(one, factors[0])
+        one = tv.adjust_contrast(one, factors[1])
+        one = tv.adjust_saturation(one, 0.0 if grey else factors[2])
+        torch.testing.assert_close(view[i], one, atol=2e-4, rtol=0)  # torchvision rounds its weights of the colours
+
+
+def test_shift_and_flip_against_a_loop():
+    x = images(40, 8) + 0.1
+    view = shift_and_flip(x, generator(), max_shift=2)
+    flips = 0
+    for image, moved in zip(x, view, strict=True):
+        padded = torch.nn.functional.pad(image, (2, 2, 2, 2))
+        windows = [padded[:, dy : dy + 8, dx : dx + 8] for dy in range(5) for dx in range(5)]
+        plain = sum(torch.equal(moved, window) for window in windows)
+        mirrored = sum(torch.equal(moved, window.flip(-1)) for window in windows)
+        assert plain + mirrored == 1
+        flips += mirrored
+    assert 5 <= flips <= 35  # 40 fair coins: outside with probability 1e-6
+
+
+def test_ladder_against_torchvision_and_the_same_in_every_subset():
+    x = images(30)
+    views, fraction = crop_ladder(x, seed=2)
+    for image, view, c in zip(x, views, fraction.tolist(), strict=True):
+        size = round(32 * c)
+        expected = tv.resize(tv.center_crop(image, [size, size]), [32, 32], antialias=False)
+        torch.testing.assert_close(view, expected, atol=1e-6, rtol=0)
+    again, same = crop_ladder(x, seed=2)
+    assert torch.equal(views, again) and torch.equal(fraction, same)
+    _, many = crop_ladder(torch.zeros(4_000, 3, 8, 8), seed=0)
+    assert stats.kstest(many.numpy(), stats.uniform(0.25, 0.75).cdf).pvalue > 1e-4  # the rate of false alarms
+
+
+@pytest.mark.parametrize("augment", [crop_flip_jitter, shift_and_flip, crop_ladder])
+def test_bytes_and_floats_give_the_same_and_the_global_random_state_stays(augment):
+    state = torch.get_rng_state()
+    x = (images(5) * 255).byte()
+    first, second = (augment(y) if augment is crop_ladder else augment(y, generator()) for y in (x, x.float() / 255))
+    first, second = (y if isinstance(y, torch.Tensor) else y[0] for y in (first, second))
+    assert first.dtype == torch.float32 and torch.equal(first, second)
+    assert float(first.min()) >= 0.0 and float(first.max()) <= 1.0
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: crop_flip_jitter(x, scale=(0.0, 1.0)), r"`scale` must be \(low, high\) with 0 < low"),
+        (lambda x: crop_flip_jitter(x, ratio=(2.0, 1.0)), r"`ratio` .* got \(2.0, 1.0\)"),
+        (lambda x: crop_flip_jitter(x, jitter=1.5), r"`jitter` must be in \[0, 1\], got 1.5"),
+        (lambda x: crop_flip_jitter(x, grey=float("nan")), r"`grey` must be in \[0, 1\], got nan"),
+        (lambda x: crop_flip_jitter(x[:, :1]), r"colour images \(N, 3, H, W\), got \(2, 1, 8, 8\)"),
+        (lambda x: shift_and_flip(x, max_shift=-1), ">= 0 pixels, got -1"),
+        (lambda x: crop_ladder(x, smallest=0.0), r"`smallest` must be in \(0, 1\], got 0.0"),
+        (lambda x: crop_ladder(x[..., :4]), r"must be square, got \(2, 3, 8, 4\)"),
+    ],
+)
+def test_errors_say_the_rule_and_what_was_got(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(images(2, 8))

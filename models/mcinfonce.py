@@ -15,6 +15,7 @@ from pyro_contrastive.factors import (
     infonce_factor,
     infonce_log_ratio,
     log_ratio_factor,
+    matching_factor,
 )
 from pyro_contrastive.kernels import VonMisesFisherKernel, expected_pairs, moment_matched_pairs
 from pyro_contrastive.modules import Module
@@ -23,6 +24,7 @@ from pyro_contrastive.ops.tiles import Pairs
 __all__ = ["MCInfoNCE"]
 
 Evidence = Literal["exact", "moment_matched", "k_sample", "elbo"]
+Marginal = Literal["uniform", "empirical"]
 
 
 class MCInfoNCE(Module):
@@ -66,6 +68,10 @@ class MCInfoNCE(Module):
         symmetric: average the likelihoods of view 2 given view 1 and of view 1 given view 2.
         negatives: how much the other items of the batch count: ``sum`` (InfoNCE) or ``mean`` (as in the authors' code);
             see :func:`~pyro_contrastive.factors.infonce_log_ratio`.
+        marginal: ``"uniform"``: the aggregate of the recognition laws is uniform on the sphere, as the closed forms
+            assume. ``"empirical"``: it is whatever it is, and the factor becomes the likelihood of the whole matching
+            of the batch (:func:`~pyro_contrastive.factors.matching_factor`), from which the marginals cancel. Needs a
+            closed-form evidence and batches of 128 or more; ``symmetric`` and ``negatives`` say nothing then.
 
     Raises:
         TypeError: for a guide without ``posterior(x)``.
@@ -94,6 +100,7 @@ class MCInfoNCE(Module):
         num_samples: int = 16,
         symmetric: bool = True,
         negatives: Negatives = "sum",
+        marginal: Marginal = "uniform",
     ) -> None:
         super().__init__()
         check_recognition("guide", guide)
@@ -108,6 +115,13 @@ class MCInfoNCE(Module):
             )
         if negatives not in get_args(Negatives):
             raise ValueError(f"`negatives` must be one of {', '.join(get_args(Negatives))}, got {negatives!r}")
+        if marginal not in get_args(Marginal):
+            raise ValueError(f"`marginal` must be one of {', '.join(get_args(Marginal))}, got {marginal!r}")
+        if marginal == "empirical" and evidence not in ("exact", "moment_matched"):
+            raise ValueError(
+                f"`marginal`='empirical' needs a closed-form evidence, got evidence={evidence!r}; use 'exact' or "
+                "'moment_matched' with guides.VonMisesFisher"
+            )
         if not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"`num_samples` must be an integer >= 1, got {num_samples!r}")
         self.guide = guide
@@ -116,6 +130,7 @@ class MCInfoNCE(Module):
         self.num_samples = num_samples
         self.symmetric = symmetric
         self.negatives = negatives
+        self.marginal = marginal
 
     @property
     def concentration(self) -> Tensor:
@@ -139,6 +154,8 @@ class MCInfoNCE(Module):
                 infonce_factor("positive", z1, z2, self.kernel, **options)
             elif self.evidence == "k_sample":
                 pyro.factor("positive", self._k_sample(posterior1, posterior2, options))
+            elif self.marginal == "empirical":
+                matching_factor("positive", self._expected_pairs(posterior1, posterior2).grid())
             else:
                 log_ratio_factor("positive", self._expected_pairs(posterior1, posterior2), **options)
 

@@ -19,6 +19,7 @@ from torch.distributions import Distribution
 
 from .distributions import VonMisesFisher
 from .kernels import PairKernel, expected_pairs
+from .ops.matching import matching_log_ratio
 from .ops.tiles import Pairs, contrast
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "infonce_factor",
     "infonce_log_ratio",
     "log_ratio_factor",
+    "matching_factor",
     "recognition_factor",
 ]
 
@@ -150,6 +152,25 @@ def log_ratio_factor(
     """
     _check_square(f"factor {name!r}", log_ratios)
     return _emit(name, infonce_log_ratio(log_ratios, symmetric=symmetric, negatives=negatives, tile=tile))
+
+
+def matching_factor(name: str, log_ratios: Tensor) -> Tensor:
+    """Likelihood of the whole matching of the batch, which does not depend on the marginals of the views.
+
+    Where the aggregate of the recognition laws is not uniform on the sphere, closed-form evidences hold up to a term of
+    each view, and this replaces :func:`log_ratio_factor`. It keeps grids of all pairs: memory is O(N^2).
+
+    Args:
+        name: of the factor site.
+        log_ratios: ``(..., N, N)`` log evidence of all pairs, positives on the diagonal, N >= 3.
+
+    Returns:
+        The emitted value, ``(..., N)`` in nats; see :func:`~pyro_contrastive.ops.matching.matching_log_ratio`.
+
+    Raises:
+        ValueError: if the grid is not square, has fewer than three items, or does not fit the enclosing plate.
+    """
+    return _emit(name, matching_log_ratio(log_ratios))
 
 
 def infonce_factor(

@@ -28,9 +28,10 @@ class SphereBatch(NamedTuple):
         x2: Second views.
         z1: True latent points of the first views, ``(N, dim)``, on the unit sphere.
         z2: Of the second views.
-        mean_direction1: Mean directions ``m`` of the exact posteriors of ``z1``, ``(N, dim)``.
+        mean_direction1: Mean directions ``m`` of the exact posteriors of ``z1`` (of the normalised likelihoods, where
+            the latent is not uniform), ``(N, dim)``.
         mean_direction2: Of ``z2``.
-        concentration1: Concentrations of the exact posteriors of ``z1``, ``(N,)``.
+        concentration1: Their concentrations, ``(N,)``.
         concentration2: Of ``z2``.
     """
 
@@ -56,12 +57,17 @@ class SphereWorld(nn.Module):
     *exactly* ``vMF(m_i, kappa_i)``. Calling the world, ``world(num_pairs)``, runs it as a Pyro model: plate
     ``"pairs"``, one site per field of :class:`SphereBatch`.
 
+    With ``prior_concentration`` the first latent is :math:`z_1 \sim \mathrm{vMF}(e_1, \kappa_0)` around the first axis
+    instead of uniform. Then ``vMF(m_1, kappa_1)`` is the *normalised likelihood* of ``z_1``, and its posterior has the
+    natural parameter :math:`\kappa_1 m_1 + \kappa_0 e_1`.
+
     Args:
         dim: Dimension ``d`` of the ambient space, ``>= 2``.
         concentration: Law of the ``kappa_i``: a pair ``(low, high)`` (log-uniform on it), one number ``> 0`` (the same
             for all), ``math.inf`` (injective views: ``m_i = z_i``, nothing is ambiguous), or any Pyro distribution over
             positive numbers with empty batch and event shape.
         pair_concentration: ``kappa_pair > 0``; ``math.inf``: the views share one latent, ``z2 = z1``.
+        prior_concentration: ``kappa_0 >= 0`` of the law of ``z1``, finite; 0 is the uniform law.
         observed_dim: Dimension of the views, ``>= dim + 1`` (less could not be injective). None: the larger of 32 and
             ``2 * dim``.
         seed: Seed of the network, ``>= 0``. Another seed is another world.
@@ -91,6 +97,7 @@ class SphereWorld(nn.Module):
         concentration: float | tuple[float, float] | pyro_dist.TorchDistribution = (16.0, 64.0),
         pair_concentration: float = 20.0,
         *,
+        prior_concentration: float = 0.0,
         observed_dim: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -107,6 +114,8 @@ class SphereWorld(nn.Module):
             raise ValueError(
                 f"`pair_concentration` must be > 0 (math.inf: one shared latent), got {pair_concentration!r}"
             )
+        if not 0 <= prior_concentration < math.inf:
+            raise ValueError(f"`prior_concentration` must be >= 0 and finite, got {prior_concentration!r}")
         if isinstance(concentration, tuple):
             if len(concentration) != 2 or not 0 < concentration[0] < concentration[1] < math.inf:
                 raise ValueError(
@@ -128,6 +137,7 @@ class SphereWorld(nn.Module):
         self.dim = dim
         self.concentration = concentration
         self.pair_concentration = pair_concentration
+        self.prior_concentration = prior_concentration
         self.observed_dim = observed_dim
         generator = torch.Generator().manual_seed(derived_seed(seed))
         gain = math.sqrt(observed_dim / (dim + 1))  # entries of x of order one
@@ -146,11 +156,17 @@ class SphereWorld(nn.Module):
         """
         like = self.weight1
         with pyro.plate("pairs", num_pairs):
-            z1 = pyro.sample("z1", HypersphericalUniform(self.dim, dtype=like.dtype, device=like.device))
+            prior: pyro_dist.TorchDistribution = HypersphericalUniform(self.dim, dtype=like.dtype, device=like.device)
+            if self.prior_concentration:
+                prior = VonMisesFisher(self._axis(like), like.new_full((), self.prior_concentration))
+            z1 = pyro.sample("z1", prior)
             z2 = _around("z2", z1, self.pair_concentration)
             mean_direction1, concentration1, x1 = self._view(1, z1)
             mean_direction2, concentration2, x2 = self._view(2, z2)
         return SphereBatch(x1, x2, z1, z2, mean_direction1, mean_direction2, concentration1, concentration2)
+
+    def _axis(self, like: Tensor) -> Tensor:
+        return torch.eye(self.dim, dtype=like.dtype, device=like.device)[0]
 
     def _view(self, view: int, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         law = self.concentration
@@ -205,30 +221,43 @@ class SphereWorld(nn.Module):
             stack.enter_context(torch.no_grad())
             return self(num_pairs)
 
-    def posterior(self, batch: SphereBatch, view: int = 1) -> pyro_dist.TorchDistribution:
-        """Exact posterior of the latent of one view, given that view alone.
+    def posterior(self, batch: SphereBatch, view: int = 1, *, prior_power: float = 1.0) -> pyro_dist.TorchDistribution:
+        r"""Exact posterior of the latent of one view, given that view alone.
 
         Args:
             batch: From this world.
             view: 1 or 2.
+            prior_power: Power of the law of the latent that multiplies the likelihood. 1 gives the posterior, 0 the
+                normalised likelihood, 1/2 the law half way between them; all the same for a uniform latent.
 
         Returns:
-            ``vMF(m, kappa)``, batch shape ``(N,)``; a point mass (``Delta``) where the views are injective.
+            ``vMF(m, kappa)`` with its natural parameter shifted by ``prior_power * kappa_0 e_1``, batch shape ``(N,)``;
+            a point mass (``Delta``) where the views are injective.
 
         Raises:
-            ValueError: If ``view`` is neither 1 nor 2.
+            ValueError: If ``view`` is neither 1 nor 2, or for the second view where its latent is neither uniform nor
+                the first one's: its posterior is no von Mises-Fisher law then.
         """
         if view not in (1, 2):
             raise ValueError(f"`view` must be 1 or 2, got {view!r}")
         mean_direction = batch.mean_direction1 if view == 1 else batch.mean_direction2
+        concentration = batch.concentration1 if view == 1 else batch.concentration2
         if self.concentration == math.inf:
             return pyro_dist.Delta(mean_direction, event_dim=1)
-        return VonMisesFisher(mean_direction, batch.concentration1 if view == 1 else batch.concentration2)
+        shift = prior_power * self.prior_concentration
+        if shift == 0:
+            return VonMisesFisher(mean_direction, concentration)
+        if view == 2 and self.pair_concentration != math.inf:
+            raise ValueError(
+                "with `prior_concentration` > 0 and a finite `pair_concentration` the posterior of the second latent "
+                "is no von Mises-Fisher law; use view=1, or prior_power=0 for its normalised likelihood"
+            )
+        return _from_natural(concentration.unsqueeze(-1) * mean_direction + shift * self._axis(mean_direction))
 
     def fused_posterior(self, batch: SphereBatch) -> pyro_dist.TorchDistribution:
         r"""Exact posterior of the one latent that both views share, given both.
 
-        :math:`\mathrm{vMF}` with :math:`\kappa \mu = \kappa_1 m_1 + \kappa_2 m_2`.
+        :math:`\mathrm{vMF}` with :math:`\kappa \mu = \kappa_1 m_1 + \kappa_2 m_2 + \kappa_0 e_1`.
 
         Args:
             batch: From this world.
@@ -248,8 +277,7 @@ class SphereWorld(nn.Module):
             return self.posterior(batch)
         natural = batch.concentration1.unsqueeze(-1) * batch.mean_direction1
         natural = natural + batch.concentration2.unsqueeze(-1) * batch.mean_direction2
-        concentration = natural.norm(dim=-1)
-        return VonMisesFisher(natural / concentration.unsqueeze(-1), concentration)
+        return _from_natural(natural + self.prior_concentration * self._axis(natural))
 
     def batches(self, batch_size: int = 256, seed: int = 0) -> WorldBatches:
         """Give fresh pairs without end, for training.
@@ -323,6 +351,12 @@ def _around(name: str, centre: Tensor, concentration: float | Tensor) -> Tensor:
             return pyro.deterministic(name, centre, event_dim=1)
         concentration = centre.new_full(centre.shape[:-1], concentration)
     return pyro.sample(name, VonMisesFisher(centre, concentration))
+
+
+def _from_natural(natural: Tensor) -> VonMisesFisher:
+    """The law with density proportional to exp(natural . z)."""
+    concentration = natural.norm(dim=-1)
+    return VonMisesFisher(natural / concentration.unsqueeze(-1), concentration)
 
 
 def _orthogonal(size: int, generator: torch.Generator) -> Tensor:

@@ -15,6 +15,7 @@ from pyro_contrastive.diagnostics.calibration import (
     sbc_ranks,
     uniformity_pvalue,
 )
+from pyro_contrastive.diagnostics.identifiability import Identifiability, identifiability, plot_identifiability
 from pyro_contrastive.diagnostics.partner import partner_pit, partner_probability, partner_radius
 from pyro_contrastive.diagnostics.partner_sets import partner_sets
 from pyro_contrastive.diagnostics.plots import (
@@ -57,6 +58,7 @@ __all__ = [
     "Coverage",
     "CredibleCurve",
     "CredibleSets",
+    "Identifiability",
     "Picture",
     "RankingScores",
     "RiskCoverage",
@@ -76,6 +78,7 @@ __all__ = [
     "credible_curve",
     "credible_sets",
     "direction_and_concentration",
+    "identifiability",
     "image_report",
     "knn_accuracy",
     "knn_correct",
@@ -92,6 +95,7 @@ __all__ = [
     "plot_credible_caps",
     "plot_credible_sets",
     "plot_history",
+    "plot_identifiability",
     "plot_neighbours",
     "plot_pit",
     "plot_risk_coverage",

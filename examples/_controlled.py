@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -39,6 +40,7 @@ class Row:
         method: Objective.
         num_samples: K, of the K-sample objective.
         odds: Whether hedged instances use the odds of the world's pairs instead of a = 1, b = 0.
+        options: Further arguments of `models.MCInfoNCE`.
         effort: Share of the common number of steps: a step of a large K costs more, and each row has about the CPU time
             of the exact one.
     """
@@ -52,6 +54,7 @@ class Row:
     method: Literal["exact", "moment_matched", "k_sample", "elk", "hib"] = "exact"
     num_samples: int = 16
     odds: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
     effort: float = 1.0
 
     def worlds(self) -> tuple[str, ...]:
@@ -68,6 +71,8 @@ ROWS: dict[str, Row] = {
     "laplace": Row("Laplace latents", family="laplace"),
     "labelled": Row("the released code's sigmoid law of positives", partners="labelled"),
     "moment-matched": Row("approximate closed form", method="moment_matched"),
+    "empirical": Row("exact, the marginal of the latents not assumed uniform", options={"marginal": "empirical"}),
+    "mean-negatives": Row("exact, negatives averaged as in the released code", options={"negatives": "mean"}),
     "elk": Row("ELK: the pair shares one latent", method="elk"),
     "hib": Row("HIB, a = 1, b = 0", method="hib"),
     "hib-odds": Row("HIB, a and b from the world", method="hib", odds=True),
@@ -103,7 +108,9 @@ def make_pair(row: Row, observed_dim: int, seed: int) -> tuple[nn.Module, guides
             return models.HedgedInstance(guide), guide
         offset = -float(log_partition(dim, torch.tensor(PAIR_CONCENTRATION)))
         return models.HedgedInstance(guide, scale=PAIR_CONCENTRATION, offset=offset), guide
-    model = models.MCInfoNCE(guide, concentration=PAIR_CONCENTRATION, evidence=row.method, num_samples=row.num_samples)
+    model = models.MCInfoNCE(
+        guide, concentration=PAIR_CONCENTRATION, evidence=row.method, num_samples=row.num_samples, **row.options
+    )
     return model, guide
 
 

@@ -101,7 +101,7 @@ def _mean(results: list[dict], key: str) -> str:
         return "-"
     mean = fmean(values)
     if key == "kappa_error":
-        return f"{mean:.1%}"
+        return f"{mean:.1%}" if mean < 10 else f"{mean:,.0f} times"
     return f"{mean:.3f}" if abs(mean) < 1 else f"{mean:.3g}"
 
 

@@ -48,10 +48,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/race"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw what is in --out and run nothing")
     parser.add_argument("--cost", action="store_true", help="time the evidence alone and run nothing else")
-    parser.add_argument("--small", action="store_true", help="a CPU second each: shows that it runs")
+    parser.add_argument("--small", action="store_true", help="a fraction of a CPU second each: shows that it runs")
     args = parser.parse_args(argv)
     if args.small:
-        args.cpu_seconds, args.batch_size = 1.0, 32
+        args.cpu_seconds, args.batch_size = 0.3, 32
     return args
 
 

@@ -64,9 +64,9 @@ def matching_log_ratio(log_f: Tensor, *, iterations: int = 10) -> Tensor:
     because the Bethe free energy is stationary in them.
 
     **Use large batches.** A matching that is nearly certain as a whole has nothing to teach, and there the Bethe
-    approximation is too sure as well. In worlds with 2 to 3 nats per pair the estimator is unbiased to measurement
-    error from N = 128 on, and useless at N = 32 in one of them (docs/identifiability.md has the figures): log N should
-    exceed the information of a pair by two nats or so.
+    approximation is too sure as well. In worlds with 2.4 and 3.5 nats per pair the estimator is unbiased to
+    measurement error from N = 128 on, and useless at N = 32 in the second (docs/identifiability.md has the figures):
+    log N should exceed the information of a pair by more than a nat.
 
     Args:
         log_f: ``(..., N, N)`` log evidence of all pairs, in nats, each up to a term of its row and one of its column;

@@ -305,7 +305,7 @@ def expected_kernel_log_ratio(
         Broadcast shape, in nats, in the common dtype. Differentiable once, in all four.
 
     Raises:
-        ValueError: for a dimension below 2.
+        ValueError: for a dimension below 2 or a negative concentration. NaN gives NaN.
         TypeError: for arguments that are not float32 or float64 tensors.
 
     References:
@@ -323,8 +323,8 @@ def expected_kernel_log_ratio(
     if dim < 2:
         raise ValueError(f"`dim` must be an integer >= 2 (the sphere S^(dim-1)), got {dim!r}")
     smallest, largest = _ranges(arguments[:3])
-    if not all(k >= 0 for k in smallest):
-        raise ValueError(f"concentrations must be >= 0 and not NaN, got a smallest value of {min(smallest)!r}")
+    if any(k < 0 for k in smallest):  # NaN passes and stays NaN, as in every other operation
+        raise ValueError(f"concentrations must be >= 0, got a smallest value of {min(smallest)!r}")
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in arguments))
     for known in (2, 0, 1):  # the three concentrations play the same part: an infinite one leaves the closed form
         if smallest[known] >= _SURE:

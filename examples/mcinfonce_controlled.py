@@ -2,7 +2,8 @@
 
 ``python examples/mcinfonce_controlled.py --out runs/controlled`` runs every row with every seed in both worlds, and
 writes one JSON file per run. Files that are there are not run again, so it can be interrupted and repeated.
-``--table FILE.md`` writes the tables of what is there, below the text of the page, and runs nothing.
+``--table FILE.md`` writes the tables of what is there, below the text of the page, and the runs themselves into
+FILE.json; it runs nothing.
 """
 
 from __future__ import annotations
@@ -111,3 +112,6 @@ if __name__ == "__main__":
         main(arguments)
     else:
         write_table(arguments.table, table(arguments.out, arguments.rows))
+        runs = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("*.json"))]
+        lines = ",\n".join(json.dumps(run) for run in runs)
+        arguments.table.with_suffix(".json").write_text(f"[\n{lines}\n]\n")

@@ -269,6 +269,11 @@ def test_cosine_beyond_one_is_rounding():
     assert cosine.grad > 1
 
 
+def test_no_pairs_give_an_empty_grid():
+    value = expected_kernel_log_ratio(10, torch.ones(0, 1), torch.ones(1, 5), torch.tensor(20.0), torch.ones(0, 5))
+    assert value.shape == (0, 5) and value.dtype == torch.float32
+
+
 def test_second_derivatives_say_so():
     k = f64(5.0).requires_grad_()
     value = expected_kernel_log_ratio(3, k, f64(5.0), f64(5.0), f64(0.5))

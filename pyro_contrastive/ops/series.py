@@ -31,7 +31,7 @@ from pyro_contrastive.ops.bessel import check_float, log_partition_scaled
 
 __all__ = ["MAX_ORDER", "expected_kernel_log_ratio", "series_order", "shared_latent_kernel_log_ratio"]
 
-MAX_ORDER = 2_000  # pairs that would need more terms take the saddle-point form, which is then exact to 1e-9
+MAX_ORDER = 2_000  # pairs that would need more terms take the saddle-point form, which is then exact to 1e-6 nats
 # Nats by which the terms left out lie below the result, far from the peak where it is smallest
 _MARGIN = {torch.float32: 11.0, torch.float64: 23.0}
 # Nats below the peak between which the saddle-point form replaces the series. It is least accurate at d = 2, where the
@@ -322,15 +322,17 @@ def expected_kernel_log_ratio(
         check_float(value, name)
     if dim < 2:
         raise ValueError(f"`dim` must be an integer >= 2 (the sphere S^(dim-1)), got {dim!r}")
+    shape = torch.broadcast_shapes(*(t.shape for t in arguments))
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in arguments))
+    if not shape.numel():
+        return torch.empty(shape, dtype=dtype, device=cosine.device)
     smallest, largest = _ranges(arguments[:3])
     if any(k < 0 for k in smallest):  # NaN passes and stays NaN, as in every other operation
         raise ValueError(f"concentrations must be >= 0, got a smallest value of {min(smallest)!r}")
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in arguments))
     for known in (2, 0, 1):  # the three concentrations play the same part: an infinite one leaves the closed form
         if smallest[known] >= _SURE:
             a, b = (k for i, k in enumerate(arguments[:3]) if i != known)
             return shared_latent_kernel_log_ratio(dim, a, b, cosine).to(dtype)
-    shape = torch.broadcast_shapes(*(t.shape for t in arguments))
     k1, k2, kappa, c = (_two_axes(t.double(), len(shape)) for t in arguments)
     k1, k2, kappa = (k + _LEAST for k in (k1, k2, kappa))
     c = c + (c.detach().clamp(-1, 1) - c.detach())

@@ -39,6 +39,7 @@ class Row:
         partners: Law of the partners; only the pair world has "labelled".
         method: Objective.
         num_samples: K, of the K-sample objective.
+        centre: Whether the encoder's features are centred and scaled over the batch (batch norm without parameters).
         odds: Whether hedged instances use the odds of the world's pairs instead of a = 1, b = 0.
         options: Further arguments of `models.MCInfoNCE`.
         effort: Share of the common number of steps: a step of a large K costs more, and each row has about the CPU time
@@ -53,6 +54,7 @@ class Row:
     partners: Literal["kernel", "labelled"] = "kernel"
     method: Literal["exact", "moment_matched", "k_sample", "elk", "hib"] = "exact"
     num_samples: int = 16
+    centre: bool = False
     odds: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     effort: float = 1.0
@@ -81,6 +83,7 @@ ROWS: dict[str, Row] = {
         for k, effort in {1: 1.0, 4: 1.0, 16: 1.0, 64: 0.25, 256: 0.1, 512: 0.05}.items()
     },
     **{f"highdim-{d}": Row(f"d = {d} everywhere", dim=d) for d in (16, 32, 40, 48, 56, 64, 128)},
+    **{f"centred-{d}": Row(f"d = {d}, features centred", dim=d, centre=True) for d in (10, 16, 32, 40, 64, 128)},
     **{f"encoder-{d}": Row(f"encoder of dimension {d}", encoder_dim=d) for d in (4, 8, 16, 32, 64, 128)},
 }
 
@@ -100,7 +103,10 @@ def make_pair(row: Row, observed_dim: int, seed: int) -> tuple[nn.Module, guides
     dim = row.encoder_dim or row.dim
     width = 128 if max(dim, row.dim) <= 32 else 256
     with seeded(derived_seed(seed)):
-        guide = guides.VonMisesFisher(nets.mlp([observed_dim, width, width]), dim)
+        encoder = nets.mlp([observed_dim, width, width])
+        if row.centre:
+            encoder = nn.Sequential(encoder, nn.BatchNorm1d(width, affine=False))
+        guide = guides.VonMisesFisher(encoder, dim, features=width)
     if row.method == "elk":
         return models.MCInfoNCE(guide, concentration=math.inf), guide
     if row.method == "hib":

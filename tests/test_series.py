@@ -49,6 +49,7 @@ def digits(triple: tuple[float, ...]) -> int:
 @pytest.mark.parametrize("triple", TRIPLES, ids=str)
 @pytest.mark.parametrize("dim", DIMS)
 def test_against_60_digits(dim, triple):
+    far = 0.01 if dim == 2 else 0.006  # of the log ratio, beyond 10 nats
     for dtype, promised in PROMISED.items():
         k1, k2, kappa = (torch.tensor(k, dtype=dtype) for k in triple)
         rounded = tuple(float(k) for k in (k1, k2, kappa))
@@ -64,7 +65,7 @@ def test_against_60_digits(dim, triple):
             near = want > peak - 10
             checked += near
             # float32: the result itself is rounded to 6e-8 of up to hundreds of nats
-            assert error <= (promised + 6e-8 * abs(want) * (dtype == torch.float32) if near else 0.01 * abs(want))
+            assert error <= (promised + 6e-8 * abs(want) * (dtype == torch.float32) if near else far * abs(want))
         assert checked >= 4 or peak < 1e-3
 
 

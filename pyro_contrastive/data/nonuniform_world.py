@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import leaky_relu, normalize
 
-from pyro_contrastive.data.sphere_world import SphereBatch, WorldBatches
+from pyro_contrastive.data.sphere_world import SphereBatch, World
 from pyro_contrastive.distributions import VonMisesFisher
 from pyro_contrastive.ops.random import derived_seed, seeded
 
@@ -18,7 +18,7 @@ _HIDDEN = 32
 _PAIRS_PER_ITEM = 1 / 16  # accepted pairs per item of a pool: how often a pool uses an item twice
 
 
-class AcceptanceWorld(nn.Module):
+class AcceptanceWorld(World):
     r"""Ambiguous items and the pairs of them that are accepted as showing the same thing.
 
     .. math::
@@ -167,15 +167,3 @@ class AcceptanceWorld(nn.Module):
         order = torch.randperm(count, device=like.device)[:num_pairs]
         x1, x2, z1, z2, m1, m2, k1, k2 = (torch.cat(parts)[order] for parts in zip(*kept, strict=True))
         return SphereBatch(x1, x2, z1, z2, m1, m2, k1, k2)
-
-    def batches(self, batch_size: int = 256, seed: int = 0) -> WorldBatches:
-        """Give fresh pairs without end, for training.
-
-        Args:
-            batch_size: Pairs per batch, ``>= 1``.
-            seed: Base seed; every batch has its own, derived from it and the position.
-
-        Returns:
-            An endless iterator of ``(x1, x2)``, which can be set to any position by ``seek``.
-        """
-        return WorldBatches(self, batch_size, seed)

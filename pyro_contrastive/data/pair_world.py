@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, normalize, softplus
 
-from pyro_contrastive.data.sphere_world import SphereBatch, WorldBatches
+from pyro_contrastive.data.sphere_world import SphereBatch, World, WorldBatches
 from pyro_contrastive.distributions import VonMisesFisher
 from pyro_contrastive.ops import log_partition
 from pyro_contrastive.ops.random import derived_seed, seeded
@@ -25,7 +25,7 @@ _TILE = 64  # references that are weighed against the pool at once: it stays in 
 _REFERENCES, _PARTNERS_EACH = 8_192, 4  # that a stream draws at once; the partners go to different batches
 
 
-class PairWorld(nn.Module):
+class PairWorld(World):
     r"""Ambiguous inputs whose posterior is known, and partners chosen by their latents.
 
     Inputs are :math:`x \sim U[0, 1]^{n}` and two fixed networks say what they show,
@@ -264,15 +264,7 @@ class PairWorld(nn.Module):
                 return self._draw(num_pairs)
 
     def batches(self, batch_size: int = 256, seed: int = 0) -> PairBatches:
-        """Give fresh pairs without end, for training.
-
-        Args:
-            batch_size: Pairs per batch, ``>= 1``.
-            seed: Base seed, ``>= 0``.
-
-        Returns:
-            An endless iterator of ``(x1, x2)``, which can be set to any position by ``seek``.
-        """
+        """As :meth:`World.batches`, drawn in chunks of many batches; see :class:`PairBatches`."""
         return PairBatches(self, batch_size, seed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import pyro
 import pyro.distributions as pyro_dist
@@ -45,7 +45,27 @@ class SphereBatch(NamedTuple):
     concentration2: Tensor
 
 
-class SphereWorld(nn.Module):
+class World(nn.Module):
+    """A module that draws pairs of views whose posteriors are known. Subclasses define :meth:`sample`."""
+
+    def sample(self, num_pairs: int, seed: int | None = None) -> SphereBatch:
+        """Draw pairs; the same seed gives the same pairs."""
+        raise NotImplementedError(f"{type(self).__name__} must define sample(num_pairs, seed)")
+
+    def batches(self, batch_size: int = 256, seed: int = 0) -> WorldBatches:
+        """Give fresh pairs without end, for training.
+
+        Args:
+            batch_size: Pairs per batch, ``>= 1``.
+            seed: Base seed, ``>= 0``; every batch has its own, derived from it and the position.
+
+        Returns:
+            An endless iterator of ``(x1, x2)``, which can be set to any position by ``seek``.
+        """
+        return WorldBatches(self, batch_size, seed)
+
+
+class SphereWorld(World):
     r"""Pairs of ambiguous views of points on a sphere, as a Pyro model with a known posterior.
 
     .. math::
@@ -279,29 +299,9 @@ class SphereWorld(nn.Module):
         natural = natural + batch.concentration2.unsqueeze(-1) * batch.mean_direction2
         return _from_natural(natural + self.prior_concentration * self._axis(natural))
 
-    def batches(self, batch_size: int = 256, seed: int = 0) -> WorldBatches:
-        """Give fresh pairs without end, for training.
-
-        Args:
-            batch_size: Pairs per batch, ``>= 1``.
-            seed: Base seed; every batch has its own, derived from it and the position.
-
-        Returns:
-            An endless iterator of ``(x1, x2)``, which can be set to any position by ``seek``.
-        """
-        return WorldBatches(self, batch_size, seed)
-
-
-class Sampler(Protocol):
-    """A world, as far as :class:`WorldBatches` is concerned."""
-
-    def sample(self, num_pairs: int, seed: int | None = None) -> SphereBatch:
-        """Draw pairs; the same seed gives the same pairs."""
-        ...
-
 
 class WorldBatches:
-    """Endless iterator over fresh pairs of a world; see :meth:`SphereWorld.batches`.
+    """Endless iterator over fresh pairs of a world; see :meth:`World.batches`.
 
     Args:
         world: Where the pairs come from.
@@ -312,7 +312,7 @@ class WorldBatches:
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(self, world: Sampler, batch_size: int, seed: int) -> None:
+    def __init__(self, world: World, batch_size: int, seed: int) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be >= 1, got {batch_size!r}")
         derived_seed(seed)  # checks it

@@ -16,6 +16,7 @@ latent has to be known.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -64,11 +65,7 @@ def partner_probability(
     angle = as_array(angle).astype(np.float64)
     if not np.all((angle >= 0) & (angle <= np.pi)):
         raise ValueError(f"`angle` must be in [0, pi] radians, got values from {angle.min():.4g} to {angle.max():.4g}")
-    angle, first, second = np.broadcast_arrays(angle, *_concentrations(concentration, partner_concentration, dim))
-    probability = np.empty(angle.size)
-    for chunk, law in _laws(first, second, dim):
-        probability[chunk] = law.probability(angle.reshape(-1)[chunk])
-    return probability.reshape(angle.shape)
+    return _evaluate(_Law.probability, angle, *_concentrations(concentration, partner_concentration, dim), dim)
 
 
 def partner_radius(
@@ -102,11 +99,7 @@ def partner_radius(
     level = np.asarray(level, dtype=np.float64)
     if not np.all((level > 0) & (level < 1)):
         raise ValueError(f"`level` must be in (0, 1), got values from {level.min():.4g} to {level.max():.4g}")
-    level, first, second = np.broadcast_arrays(level, *_concentrations(concentration, partner_concentration, dim))
-    radius = np.empty(level.size)
-    for chunk, law in _laws(first, second, dim):
-        radius[chunk] = law.radius(level.reshape(-1)[chunk])
-    return radius.reshape(level.shape)
+    return _evaluate(_Law.radius, level, *_concentrations(concentration, partner_concentration, dim), dim)
 
 
 def partner_pit(queries: Any, partners: Any) -> FloatArray:
@@ -250,11 +243,17 @@ class _Law:
         return np.asarray(chebyshev.chebval(x, self.series, tensor=False), dtype=np.float64)
 
 
-def _laws(first: FloatArray, second: FloatArray, dim: int) -> Any:
-    """The laws of a flat run of pairs, a chunk at a time."""
-    for start in range(0, first.size, _CHUNK):
+def _evaluate(
+    quantity: Callable[[_Law, FloatArray], FloatArray], at: FloatArray, first: FloatArray, second: FloatArray, dim: int
+) -> FloatArray:
+    """A quantity of the law of every pair, a chunk of pairs at a time."""
+    at, first, second = np.broadcast_arrays(at, first, second)
+    value = np.empty(at.size)
+    for start in range(0, at.size, _CHUNK):
         chunk = slice(start, start + _CHUNK)
-        yield chunk, _Law(first.reshape(-1)[chunk], second.reshape(-1)[chunk], dim)
+        law = _Law(first.reshape(-1)[chunk], second.reshape(-1)[chunk], dim)
+        value[chunk] = quantity(law, at.reshape(-1)[chunk])
+    return value.reshape(at.shape)
 
 
 def _concentrations(

@@ -165,19 +165,23 @@ def log_partition(order: float, x: Tensor, scaled: bool) -> Tensor:
     return value.masked_fill(torch.isinf(x), -math.inf if scaled else math.inf)
 
 
-def all_ratios(order: float, x: Tensor, n_max: int, derivative: bool) -> Tensor:
-    """a_n = product of r_order .. r_(order+n-1); the product rule adds positive terms only."""
-    above = order + n_max
-    r = ratio(above, x, 1) if derivative else ratio(above, x, 0)
-    ladder = []
+def _ladder(order: float, x: Tensor, n_max: int, derivatives: int) -> list[list[Tensor]]:
+    """r_(order+n) and its derivatives for n = 0..n_max: one expansion at the top, then the recurrence."""
     at_infinity = torch.isinf(x)
     finite = x.masked_fill(at_infinity, 0.0)
+    steps = [ratio(order + n_max, x, derivatives)]
+    r = steps[0]
     for j in reversed(range(n_max)):
         r = _ratio_down(order + j, finite, r)
-        ladder.append([r[0].masked_fill(at_infinity, 1.0), *(d.masked_fill(at_infinity, 0.0) for d in r[1:])])
+        steps.append([r[0].masked_fill(at_infinity, 1.0), *(d.masked_fill(at_infinity, 0.0) for d in r[1:])])
+    return steps[::-1]
+
+
+def all_ratios(order: float, x: Tensor, n_max: int, derivative: bool) -> Tensor:
+    """a_n = product of r_order .. r_(order+n-1); the product rule adds positive terms only."""
     value, slope = torch.ones_like(x), torch.zeros_like(x)
     out = [slope if derivative else value]
-    for step in reversed(ladder):
+    for step in _ladder(order, x, n_max, int(derivative))[:-1]:
         if derivative:
             slope = slope * step[0] + value * step[1]
         value = value * step[0]
@@ -187,15 +191,8 @@ def all_ratios(order: float, x: Tensor, n_max: int, derivative: bool) -> Tensor:
 
 def log_ratios(order: float, x: Tensor, n_max: int) -> tuple[Tensor, Tensor]:
     """log a_n and its derivative for n = 0..n_max, each ``(n_max + 1, *x.shape)``, x > 0, infinity included."""
-    r = ratio(order + n_max, x, 0)[0]
-    finite = x.masked_fill(torch.isinf(x), 1.0)
-    ladder = torch.empty(n_max + 1, *x.shape, dtype=x.dtype, device=x.device)
-    ladder[n_max] = r
-    for j in reversed(range(n_max)):
-        ladder[j] = finite / (2 * (order + j + 1) + finite * ladder[j + 1])
-    ladder.masked_fill_(torch.isinf(x), 1.0)
-    values = torch.zeros_like(ladder)
-    torch.cumsum(ladder[:-1].log(), 0, out=values[1:])
+    ladder = torch.stack([step[0] for step in _ladder(order, x, n_max, 0)])
+    values = torch.cat([torch.zeros_like(ladder[:1]), ladder[:-1].log().cumsum(0)])
     # r_v'/r_v = 1/x + r_(v+1) - r_v, and the sum telescopes
     degree = torch.arange(n_max + 1.0, dtype=x.dtype, device=x.device).reshape(-1, *[1] * x.dim())
     return values, degree / x + ladder - ladder[0]

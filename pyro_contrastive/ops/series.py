@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pyro_contrastive.ops import _debye
 from pyro_contrastive.ops._once import once
-from pyro_contrastive.ops._saddle import saddle_log_ratio
+from pyro_contrastive.ops._saddle import SURE, TINY, fused_length, saddle_log_ratio
 from pyro_contrastive.ops.bessel import check_float, log_partition_scaled
 
 __all__ = ["MAX_ORDER", "expected_kernel_log_ratio", "series_order", "shared_latent_kernel_log_ratio"]
@@ -38,9 +38,7 @@ _MARGIN = {torch.float32: 11.0, torch.float64: 23.0}
 # rounding error of the series happens to be smallest.
 _BLEND, _BLEND_CIRCLE = (22.0, 26.0), (29.0, 35.0)
 _FLOOR = 1e-28  # smallest F / peak that is looked at: keeps the log and its gradient finite before it is replaced
-_SURE = 1e12  # concentrations above it are equal to infinity to every digit that matters here
 _LEAST = 1e-30  # added to a concentration of 0: its terms vanish, its gradient does not
-_TINY = 1e-10  # added to a squared concentration: shifts a log ratio by at most 1e-10 / (2 d) nats
 _BLOCK = 1 << 15  # elements that are summed at a time: the working set stays in the cache
 
 
@@ -91,7 +89,7 @@ def series_order(dim: int, *concentrations: float, dtype: torch.dtype = torch.fl
         (39, 34)
     """
     # rounded up to the next eighth of an octave, so that a training run meets few different orders
-    finite = [max(float(k), 0.25) for k in concentrations if k < _SURE]
+    finite = [max(float(k), 0.25) for k in concentrations if k < SURE]
     if not finite:
         return MAX_ORDER + 1
     cut = min(_blend(dim)[1], 2 * min(finite)) + _MARGIN[dtype]
@@ -270,13 +268,10 @@ def shared_latent_kernel_log_ratio(dim: int, concentration1: Tensor, concentrati
         >>> shared_latent_kernel_log_ratio(3, torch.tensor(5.0), torch.tensor(5.0), torch.tensor([1.0, -1.0]))
         tensor([ 1.6095, -5.3947])
     """
-    k1, k2 = concentration1.clamp_max(_SURE), concentration2.clamp_max(_SURE)
-    # |k1 mu1 + k2 mu2|^2 = (k1 - k2)^2 + 2 k1 k2 (1 + cos); the tiny constant keeps the square root differentiable
-    # where two equally sure posteriors are antipodal, and there Phi'(x)/x has a finite limit
-    squared = (k1 - k2).square() + 2 * k1 * k2 * (1 + cosine).clamp_min(0.0)
-    fused = torch.sqrt(squared + _TINY)
+    k1, k2 = concentration1.clamp_max(SURE), concentration2.clamp_max(SURE)
+    fused = fused_length(k1, k2, cosine)
     # Phi(k) = k + scaled(k): the linear parts, fused - k1 - k2, are combined before they can cancel
-    linear = (_TINY - 2 * k1 * k2 * (1 - cosine)) / (fused + k1 + k2)
+    linear = (TINY - 2 * k1 * k2 * (1 - cosine)) / (fused + k1 + k2)
     return linear + log_partition_scaled(dim, fused) - log_partition_scaled(dim, k1) - log_partition_scaled(dim, k2)
 
 
@@ -330,7 +325,7 @@ def expected_kernel_log_ratio(
     if any(k < 0 for k in smallest):  # NaN passes and stays NaN, as in every other operation
         raise ValueError(f"concentrations must be >= 0, got a smallest value of {min(smallest)!r}")
     for known in (2, 0, 1):  # the three concentrations play the same part: an infinite one leaves the closed form
-        if smallest[known] >= _SURE:
+        if smallest[known] >= SURE:
             a, b = (k for i, k in enumerate(arguments[:3]) if i != known)
             return shared_latent_kernel_log_ratio(dim, a, b, cosine).to(dtype)
     k1, k2, kappa, c = (_two_axes(t.double(), len(shape)) for t in arguments)

@@ -1,8 +1,8 @@
 """Exact, moment-matched and K-sample evidence of MCInfoNCE: error of the concentrations against CPU seconds.
 
 All start from the same weights, see the same stream of pairs and have the same CPU time, of which a cosine schedule
-makes the most; the number of steps follows from a few that are timed first. ``--cost`` measures the evidence alone,
-loss and gradients at the paper's batch size, and runs nothing else. Best on an idle machine with ``OMP_NUM_THREADS=1``.
+makes the most; the number of steps follows from a few that are timed first. Best on an idle machine with ``OMP_NUM_THREADS=1``.
+The cost of the evidence alone is in ``python -m benchmarks.evidence``.
 """
 
 from __future__ import annotations
@@ -17,15 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
 
 from pyro_contrastive import guides, models, nets
 from pyro_contrastive.data import SphereWorld
-from pyro_contrastive.distributions import VonMisesFisher
-from pyro_contrastive.factors import infonce_log_ratio
 from pyro_contrastive.fit import fit
-from pyro_contrastive.kernels import expected_log_ratio, moment_matched_log_ratio
 from pyro_contrastive.ops.random import seeded
 
 CONTENDERS: dict[str, dict[str, Any]] = {
@@ -34,7 +29,6 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     **{f"{k} samples": {"evidence": "k_sample", "num_samples": k} for k in (16, 64, 512)},
 }
 PAIR_CONCENTRATION = 20.0
-REFERENCE_SECONDS = 38.4  # CPU, of one step of the released loss: batch 512, 512 samples, 32 negatives, d = 10
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,7 +41,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/race"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw what is in --out and run nothing")
-    parser.add_argument("--cost", action="store_true", help="time the evidence alone and run nothing else")
     parser.add_argument("--small", action="store_true", help="a fraction of a CPU second each: shows that it runs")
     args = parser.parse_args(argv)
     if args.small:
@@ -114,28 +107,6 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return {"name": name, "dim": args.dim, "batch_size": args.batch_size, "seed": args.seed, "curve": curve}
 
 
-def cost(dim: int = 10, size: int = 512, repeats: int = 15) -> dict[str, float]:
-    """CPU seconds of one evaluation of the likelihood of a batch and its gradients; the fastest of the repeats."""
-    generator = torch.Generator().manual_seed(0)
-
-    def posterior() -> tuple[Tensor, Tensor]:
-        direction = normalize(torch.randn(size, dim, generator=generator), dim=-1)
-        return direction.requires_grad_(), (16 + 48 * torch.rand(size, generator=generator)).requires_grad_()
-
-    (mu1, kappa1), (mu2, kappa2) = posterior(), posterior()
-    kappa = torch.tensor(PAIR_CONCENTRATION)
-    seconds = {}
-    for name, evidence in {"exact": expected_log_ratio, "moment-matched": moment_matched_log_ratio}.items():
-        times = []
-        for _ in range(repeats + 2):
-            started = time.process_time()
-            grid = evidence(VonMisesFisher(mu1, kappa1), VonMisesFisher(mu2, kappa2), kappa)
-            infonce_log_ratio(grid, symmetric=True).sum().backward()
-            times.append(time.process_time() - started)
-        seconds[name] = min(times[2:])
-    return seconds
-
-
 def draw(folder: Path, file: Path) -> None:
     """Draw the curves of a folder."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -166,12 +137,6 @@ def main(args: argparse.Namespace) -> None:
     """Race, time or draw."""
     if args.figure is not None:
         draw(args.out, args.figure)
-        return
-    if args.cost:
-        for name, seconds in cost().items():
-            print(
-                f"{name:<16} {seconds * 1e3:7.1f} ms   {REFERENCE_SECONDS / seconds:,.0f} times less than the reference"
-            )
         return
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.contenders:

@@ -145,4 +145,3 @@ def test_the_race_runs_resumes_and_is_drawn(example, tmp_path, capsys):
     assert capsys.readouterr().out == ""
     module.main(module.parse(["--out", str(tmp_path), "--figure", str(tmp_path / "figures" / "race.png")]))
     assert (tmp_path / "figures" / "race.png").read_bytes()[:4] == b"\x89PNG"
-    assert set(module.cost(dim=3, size=8, repeats=1)) == {"exact", "moment-matched"}

@@ -1,8 +1,8 @@
 """Exact, moment-matched and K-sample evidence of MCInfoNCE: error of the concentrations against CPU seconds.
 
 All start from the same weights, see the same stream of pairs and have the same CPU time, of which a cosine schedule
-makes the most; the number of steps follows from a few that are timed first. Best on an idle machine with ``OMP_NUM_THREADS=1``.
-The cost of the evidence alone is in ``python -m benchmarks.evidence``.
+makes the most; the number of steps follows from a few that are timed first. Best on an idle machine with
+``OMP_NUM_THREADS=1``. The cost of the evidence alone is in ``python -m benchmarks.evidence``.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def compare(checks: Mapping[str, PartnerCheck], *, reference: str | None = None,
 
     Example:
         >>> from pyro_contrastive.diagnostics import partner_check
-        >>> logits = np.random.default_rng(0).normal(size=(60, 60)) + 2.0 * np.eye(60)
+        >>> logits = np.random.default_rng(0).normal(size=(300, 300)) + 2.0 * np.eye(300)
         >>> scales = {"right": 2.0, "sharp": 8.0}  # partners lie 2 standard deviations above the others
         >>> checks = {name: partner_check(scale * logits, num_candidates=6) for name, scale in scales.items()}
         >>> found = compare(checks)

@@ -181,9 +181,15 @@ def partner_check(
         blocks = (logits[np.ix_(block, block)] for block in pairs)
     rows = np.stack([_row_scores(block) for block in blocks])  # (B, quantities, C)
     log_p, brier, hit, hit5, entropy, confidence = rows.transpose(1, 0, 2)
-    figures = [mean_and_error(value.mean(axis=1)) for value in (log_p, brier, hit, hit5, -entropy - log_p)]
+    log_score, brier_score, accuracy, accuracy5, excess = (
+        mean_and_error(value.mean(axis=1)) for value in (log_p, brier, hit, hit5, -entropy - log_p)
+    )
     return PartnerCheck(
-        *(number for figure in figures for number in figure),
+        *log_score,
+        *brier_score,
+        *accuracy,
+        *accuracy5,
+        *excess,
         reliability=_reliability(confidence, hit, num_bins),
         pair_log_score=log_p,
         pairs=pairs,
@@ -232,11 +238,12 @@ def _reliability(confidence: FloatArray, hit: FloatArray, num_bins: int) -> Reli
     """The curve from stated probabilities and hits by block and row, (B, C)."""
     num_blocks, size = confidence.shape
     edges = np.linspace(0.0, 1.0, num_bins + 1)
-    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, num_bins - 1)
+    place = np.clip(np.searchsorted(edges, confidence) - 1, 0, num_bins - 1)
     cell = (place + num_bins * np.arange(num_blocks)[:, None]).ravel()
 
     def by_block(values: FloatArray) -> FloatArray:
-        return np.bincount(cell, values.ravel(), num_blocks * num_bins).reshape(num_blocks, num_bins)
+        sums = np.bincount(cell, values.ravel(), num_blocks * num_bins).astype(np.float64)
+        return sums.reshape(num_blocks, num_bins)
 
     counts = by_block(np.ones_like(hit)).sum(axis=0)
     gap = by_block(hit - confidence)

@@ -61,7 +61,7 @@ def posterior(x: Array, y: Array, num: int, generator: np.random.Generator) -> t
         precision = np.einsum("ij,ijk,ijl->kl", p, grid, grid) - mean.T @ mean + np.eye(len(theta))
         theta = theta + np.linalg.solve(precision, (own - mean).sum(axis=0) - theta)
     proposal = stats.multivariate_t(theta, np.linalg.inv(precision), df=10, seed=generator)
-    draws = proposal.rvs(num)
+    draws = proposal.rvs(num).reshape(num, len(theta))
     log_p = log_softmax(draws, x, y)
     log_density = np.diagonal(log_p, axis1=1, axis2=2).sum(axis=1) - 0.5 * (draws**2).sum(axis=1)
     return draws, log_density - proposal.logpdf(draws)
@@ -83,8 +83,8 @@ def arviz_loo(rows: Array) -> tuple[Array, Array, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # large k-hat: it is counted here
         found = arviz.loo(data, pointwise=True)
-    pointwise = found["loo_i"] if "loo_i" in found else found["elpd_i"]
-    return np.asarray(pointwise), np.asarray(found["pareto_k"]), float(found["se"])
+    pointwise = found.loo_i if hasattr(found, "loo_i") else found.elpd_i  # ArviZ 0.x and 1.x
+    return np.asarray(pointwise), np.asarray(found.pareto_k), float(found.se)
 
 
 def bilinear(num_sets: int, num_draws: int, seed: int) -> dict[str, float]:
@@ -128,7 +128,7 @@ def bilinear(num_sets: int, num_draws: int, seed: int) -> dict[str, float]:
     return summary
 
 
-def by_heart(steps: int, seed: int, device: str) -> dict[str, float]:
+def by_heart(steps: int, num_draws: int, seed: int, device: str) -> dict[str, float]:
     """Part two: the score of the training pairs, what ``arviz.loo`` makes of it, and the score of new pairs."""
     pyro.set_rng_seed(seed)
     world, num = SphereWorld(dim=10), 128
@@ -138,7 +138,7 @@ def by_heart(steps: int, seed: int, device: str) -> dict[str, float]:
     batches = iter(lambda: (train.x1, train.x2), None)
     fit(model, guide, batches, steps=steps, lr=2e-3, device=device)
     model, guide = model.cpu(), guide.cpu()
-    result = diagnostics.to_arviz(model, guide, (train.x1, train.x2), num_samples=1000, seed=seed, prior=False)
+    result = diagnostics.to_arviz(model, guide, (train.x1, train.x2), num_samples=num_draws, seed=seed, prior=False)
     rows = result["log_likelihood"]["positive"].values[0] - math.log(num)  # the factor is log N above log p
     loo, khat, _ = arviz_loo(rows)
     exact = models.MCInfoNCE(guide, concentration=20.0)
@@ -158,5 +158,6 @@ if __name__ == "__main__":
     from _options import finish, parse
 
     args = parse(__doc__ or "")
-    figures = bilinear(2 if args.small else 50, 500 if args.small else 4_000, args.seed)
-    finish(figures | by_heart(30 if args.small else 3_000, args.seed, args.device), args.out)
+    num_sets, num_draws, steps = (2, 500, 30) if args.small else (50, 4_000, 3_000)
+    figures = bilinear(num_sets, num_draws, args.seed)
+    finish(figures | by_heart(steps, num_draws // 4, args.seed, args.device), args.out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyro_contrastive.diagnostics._intervals import Estimate
 from pyro_contrastive.diagnostics.alignment import AlignmentScore, align_and_score, cosine_correlation, procrustes
 from pyro_contrastive.diagnostics.arviz_bridge import to_arviz
 from pyro_contrastive.diagnostics.calibration import (
@@ -15,6 +16,7 @@ from pyro_contrastive.diagnostics.calibration import (
     sbc_ranks,
     uniformity_pvalue,
 )
+from pyro_contrastive.diagnostics.comparison import Comparison, compare
 from pyro_contrastive.diagnostics.identifiability import Identifiability, identifiability, plot_identifiability
 from pyro_contrastive.diagnostics.partner import partner_pit, partner_probability, partner_radius
 from pyro_contrastive.diagnostics.partner_sets import partner_sets
@@ -29,6 +31,15 @@ from pyro_contrastive.diagnostics.plots import (
     plot_pit,
 )
 from pyro_contrastive.diagnostics.plots_retrieval import plot_credible_caps, plot_credible_sets, plot_risk_coverage
+from pyro_contrastive.diagnostics.predictive import PartnerCheck, Reliability, partner_check
+from pyro_contrastive.diagnostics.recovery import (
+    AxisRecovery,
+    ConcentrationRecovery,
+    LinearRecovery,
+    concentration_recovery,
+    linear_r2,
+    mcc,
+)
 from pyro_contrastive.diagnostics.report import Picture, Section, image_report, sphere_report, write_html, write_summary
 from pyro_contrastive.diagnostics.representation import (
     Uniformity,
@@ -51,18 +62,33 @@ from pyro_contrastive.diagnostics.retrieval_scores import (
     risk_coverage,
     size_correlation,
 )
+from pyro_contrastive.diagnostics.selective import (
+    SelectiveRisk,
+    entropy_agreement,
+    ood_auroc,
+    rank_agreement,
+    selective_risk,
+)
 
 __all__ = [
     "AlignmentScore",
+    "AxisRecovery",
     "ClassScores",
+    "Comparison",
+    "ConcentrationRecovery",
     "Coverage",
     "CredibleCurve",
     "CredibleSets",
+    "Estimate",
     "Identifiability",
+    "LinearRecovery",
+    "PartnerCheck",
     "Picture",
     "RankingScores",
+    "Reliability",
     "RiskCoverage",
     "Section",
+    "SelectiveRisk",
     "Uniformity",
     "accuracy_by_quartile",
     "aggregate_uniformity",
@@ -72,17 +98,24 @@ __all__ = [
     "cap_probability",
     "cap_radius",
     "class_scores",
+    "compare",
+    "concentration_recovery",
     "corruption_correlation",
     "cosine_correlation",
     "coverage",
     "credible_curve",
     "credible_sets",
     "direction_and_concentration",
+    "entropy_agreement",
     "identifiability",
     "image_report",
     "knn_accuracy",
     "knn_correct",
     "label_entropy",
+    "linear_r2",
+    "mcc",
+    "ood_auroc",
+    "partner_check",
     "partner_pit",
     "partner_probability",
     "partner_radius",
@@ -100,10 +133,12 @@ __all__ = [
     "plot_pit",
     "plot_risk_coverage",
     "procrustes",
+    "rank_agreement",
     "rank_pit",
     "ranking_scores",
     "risk_coverage",
     "sbc_ranks",
+    "selective_risk",
     "size_correlation",
     "sphere_report",
     "to_arviz",

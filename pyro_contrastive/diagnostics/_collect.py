@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro import poutine
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from tqdm.auto import tqdm
 
@@ -18,6 +17,8 @@ from pyro_contrastive.diagnostics._draws import (
     Programs,
     Run,
     Site,
+    Trace,
+    brief,
     given_values,
     is_latent,
     is_observation,
@@ -113,7 +114,7 @@ class Collector:
             except Exception as error:  # whatever somebody's model raises when it has no guide to follow
                 recorder.columns.pop("prior", None)
                 recorder.columns.pop("prior_predictive", None)
-                attrs["prior_skipped"] = f"the model did not run without its guide: {type(error).__name__}: {error}"
+                attrs["prior_skipped"] = f"the model did not run without its guide: {brief(error)}"
         recorder.add_observed(model_like)
         groups = recorder.variables()
         coords: dict[str, Any] = recorder.labels()
@@ -126,11 +127,12 @@ class Collector:
 
     # --- draws -------------------------------------------------------------------------------------------------------
 
-    def _posterior(self, recorder: Recorder, guide_like: poutine.Trace, model_like: poutine.Trace, bar: Any) -> None:
+    def _posterior(self, recorder: Recorder, guide_like: Trace, model_like: Trace, bar: Any) -> None:
         programs = self.programs
         replicate = unobserved()(self.model)
-        replicated_like: poutine.Trace | None = None
-        if self.predictive and any(is_observation(site) for site in model_like.nodes.values()):
+        replicated_like: Trace | None = None
+        unguided = any(is_latent(site) and name not in guide_like.nodes for name, site in model_like.nodes.items())
+        if self.predictive and (unguided or any(is_observation(site) for site in model_like.nodes.values())):
             replicated_like = programs.run(replicate, given=guide_like)
 
         def one_pass(size: int, where: slice) -> list[tuple[Callable[..., Any], Run]]:
@@ -151,7 +153,7 @@ class Collector:
         for guide, model, *replicated in programs.passes("posterior", self.num_samples, size, one_pass):
             recorder.add_posterior(guide, model)
             for run in replicated:
-                recorder.add_replication(run, None, "posterior_predictive")
+                recorder.add_predictive(guide, run)
             self._keep_globals(kept, recorder, guide)
             bar.update(max(guide.size, 1))
         self._set_globals("posterior", kept)
@@ -168,7 +170,7 @@ class Collector:
         size = programs.draws_per_pass(self.num_samples, like)
         kept: dict[str, list[torch.Tensor]] = {}
         for (run,) in programs.passes("prior", self.num_samples, size, one_pass):
-            recorder.add_replication(run, "prior", "prior_predictive")
+            recorder.add_prior(run)
             self._keep_globals(kept, recorder, run)
             bar.update(max(run.size, 1))
         self._set_globals("prior", kept)
@@ -177,7 +179,7 @@ class Collector:
         reason = self.programs.reasons.get(kind)
         return "many in one pass" if reason is None else f"one after the other: {reason}"
 
-    def _given(self, kind: str, like: poutine.Trace, where: slice, size: int) -> poutine.Trace | None:
+    def _given(self, kind: str, like: Trace, where: slice, size: int) -> Trace | None:
         """The global latents of these draws, from the first batch on."""
         if not self.globals.get(kind):
             return None
@@ -202,7 +204,7 @@ class Collector:
     # --- what needs no draws -----------------------------------------------------------------------------------------
 
     def _partner(
-        self, groups: dict[str, Variables], like: poutine.Trace, views: tuple[torch.Tensor, ...], attrs: Attributes
+        self, groups: dict[str, Variables], like: Trace, views: tuple[torch.Tensor, ...], attrs: Attributes
     ) -> None:
         """Which candidate of the batch is the partner: draws from `model.partner_logits`, and the truth."""
         partner_logits = getattr(self.model, "partner_logits", None)
@@ -227,8 +229,8 @@ class Collector:
 
     def _constants(
         self,
-        guide_like: poutine.Trace,
-        model_like: poutine.Trace,
+        guide_like: Trace,
+        model_like: Trace,
         views: tuple[torch.Tensor, ...],
         taken: Mapping[str, Any],
         attrs: Attributes,
@@ -253,8 +255,10 @@ class Collector:
                 add(name, value, by_item=value.ndim > 0 and len(value) == length)
         skipped = []
         for name, site in {**guide_like.nodes, **model_like.nodes}.items():
-            if site["type"] != "param" or not isinstance(site["value"], torch.Tensor) or "$$$" in name:
-                continue  # "$$$": weights of a network that pyro.module registered
+            if site["type"] != "param" or not isinstance(site["value"], torch.Tensor) or not site["value"].numel():
+                continue
+            if "$$$" in name or name.rpartition(".")[2].startswith("_"):
+                continue  # weights of a network that pyro.module registered; internals of autoguides
             if site["value"].numel() > _STORE_UP_TO:
                 skipped.append(name)
             else:
@@ -283,8 +287,8 @@ class Collector:
 
     def _describe(
         self,
-        guide_like: poutine.Trace,
-        model_like: poutine.Trace,
+        guide_like: Trace,
+        model_like: Trace,
         views: tuple[torch.Tensor, ...],
         attrs: Attributes,
     ) -> None:

@@ -19,15 +19,20 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 __all__ = [
     "Programs",
     "Run",
+    "brief",
+    "given_values",
     "is_deterministic",
     "is_latent",
     "is_observation",
     "is_scored",
     "per_draw",
     "unobserved",
+    "Site",
+    "Trace",
 ]
 
-Site = Mapping[str, Any]
+Trace = Any  # Pyro declares every entry of a node as optional, which says nothing here
+Site = Any
 
 _PLATE = "_draws"
 _GRID_NUMBERS = 2**23  # numbers in the N x N grids of all draws of one pass, 32 MB of float32
@@ -101,9 +106,9 @@ class Run:
         like: The plain run of the same program, which says how the values of one draw are shaped.
     """
 
-    trace: poutine.Trace
+    trace: Trace
     size: int
-    like: poutine.Trace
+    like: Trace
 
 
 def per_draw(value: torch.Tensor, shape: Sequence[int], size: int) -> torch.Tensor:
@@ -158,7 +163,7 @@ class Programs:
         """Takes new arguments; what was learned about the programs stays."""
         self.args, self.rows, self.nesting = args, _OneSubsample(), 0
 
-    def run(self, program: Callable[..., Any], *, size: int = 0, given: poutine.Trace | None = None) -> poutine.Trace:
+    def run(self, program: Callable[..., Any], *, size: int = 0, given: Trace | None = None) -> Trace:
         """Runs a program once and scores it.
 
         Args:
@@ -177,7 +182,7 @@ class Programs:
         trace.compute_log_prob()
         return trace
 
-    def measure(self, *traces: poutine.Trace) -> None:
+    def measure(self, *traces: Trace) -> None:
         """Finds how many dimensions the plates of plain runs take, which decides where those of the draws goes."""
         for trace in traces:
             for site in trace.nodes.values():
@@ -186,7 +191,7 @@ class Programs:
                     batch = 0 if is_deterministic(site) else len(getattr(site["fn"], "batch_shape", ()))
                     self.nesting = max(self.nesting, batch, *plates)
 
-    def draws_per_pass(self, num_samples: int, *traces: poutine.Trace) -> int:
+    def draws_per_pass(self, num_samples: int, *traces: Trace) -> int:
         """How many draws to make together; a contrastive model keeps an N x N grid for each of them."""
         largest = max(
             (
@@ -235,7 +240,7 @@ class Programs:
                 made = one_pass(count, slice(start, start + count))
                 fault = "" if kind in self.trusted else self._fault(made)
             except Exception as error:  # whatever somebody's program raises when it meets one more dimension
-                fault = f"{type(error).__name__}: {error}"
+                fault = brief(error)
             if fault:
                 self.reasons[kind] = fault
                 continue
@@ -263,7 +268,12 @@ class Programs:
         return ""
 
 
-def one_draw(run: Run, position: int) -> poutine.Trace:
+def brief(error: BaseException) -> str:
+    """The first line of an error, for an attribute."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def one_draw(run: Run, position: int) -> Trace:
     """The latent values of one draw of a pass, to be replayed in a plain run."""
     return given_values(
         {
@@ -275,7 +285,7 @@ def one_draw(run: Run, position: int) -> poutine.Trace:
     )
 
 
-def given_values(values: Mapping[str, torch.Tensor], like: poutine.Trace | None = None) -> poutine.Trace:
+def given_values(values: Mapping[str, torch.Tensor], like: Trace | None = None) -> Trace:
     """A trace that holds nothing but values, for `poutine.replay`."""
     trace = poutine.Trace()
     for name, value in values.items():

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import distributions as pyro_dist
-from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 
 from pyro_contrastive.diagnostics._arrays import as_array, geodesic_angle
 from pyro_contrastive.diagnostics._draws import (
     Run,
     Site,
+    Trace,
     is_deterministic,
     is_latent,
     is_observation,
@@ -69,7 +69,7 @@ class Recorder:
         self.shifting: set[str] = set()
         self.directions: dict[str, np.ndarray] = {}
 
-    def learn_plates(self, *traces: poutine.Trace) -> None:
+    def learn_plates(self, *traces: Trace) -> None:
         """Finds the plate of the items: the one of the views' length, by preference one that holds data or factors."""
         plates: dict[str, int] = {}
         for trace in traces:
@@ -104,14 +104,10 @@ class Recorder:
             self._add("posterior", name, site["value"], like, guide.size)
             if like["fn"].event_dim == 1:
                 self._add_law(name, site, like, guide.size)
-        seen = set(self.columns.get("posterior", {}))
         for run in (guide, model):
             for name, site in _sites(run.trace, is_deterministic):
                 if run is guide or name not in guide.trace.nodes:
                     self._add("posterior", name, site["value"], run.like.nodes[name], run.size)
-        for name, site in _sites(model.trace, is_latent):
-            if name not in guide.trace.nodes and name not in seen:  # drawn from the model given the guide's latents
-                self._add("posterior_predictive", name, site["value"], model.like.nodes[name], model.size)
         self.add_likelihood(model)
         log_p, over_items = self._log_density(model, guide)
         log_q, _ = self._log_density(guide, model)
@@ -132,21 +128,21 @@ class Recorder:
             like = model.like.nodes[name]
             self._add("log_likelihood", name, value, like, model.size, shape=like["unscaled_log_prob"].shape)
 
-    def add_replication(self, run: Run, latent: str | None, observed: str) -> None:
-        """Adds a pass of the model without its data.
-
-        Args:
-            run: The pass.
-            latent: Group of the latent and deterministic values; None leaves them out.
-            observed: Group of the replications of the data.
-        """
+    def add_prior(self, run: Run) -> None:
+        """Adds a pass of the model alone, without its data."""
         for name, site in run.trace.nodes.items():
             if is_observation(site):
-                self._add(observed, name, site["value"], run.like.nodes[name], run.size)
-            elif latent and (is_latent(site) or is_deterministic(site)):
-                self._add(latent, name, site["value"], run.like.nodes[name], run.size)
+                self._add("prior_predictive", name, site["value"], run.like.nodes[name], run.size)
+            elif is_latent(site) or is_deterministic(site):
+                self._add("prior", name, site["value"], run.like.nodes[name], run.size)
 
-    def add_observed(self, trace: poutine.Trace) -> None:
+    def add_predictive(self, guide: Run, run: Run) -> None:
+        """Adds what a pass of the model without its data drew given the guide: data, and latents of its own."""
+        for name, site in run.trace.nodes.items():
+            if is_observation(site) or (is_latent(site) and name not in guide.trace.nodes):
+                self._add("posterior_predictive", name, site["value"], run.like.nodes[name], run.size)
+
+    def add_observed(self, trace: Trace) -> None:
         """Sets the observed data, which have no draws."""
         for name, site in _sites(trace, is_observation):
             self._add("observed_data", name, site["value"], site, 0)
@@ -173,11 +169,10 @@ class Recorder:
             for each in (run, other)
             for _, site in _sites(each.like, is_scored)
         )
-        total = np.zeros(())
+        total: Any = np.zeros(max(run.size, 1))
         for name, site in _sites(run.trace, is_scored):
-            total = total + self._scores(name, site, run, over_items)
-        if not total.ndim:
-            total = np.zeros(max(run.size, 1))
+            scores = self._scores(name, site, run, over_items)
+            total = scores + (total if scores.ndim == total.ndim else total[:, None])
         return total, over_items
 
     def _scores(self, name: str, site: Site, run: Run, over_items: bool) -> np.ndarray:
@@ -241,7 +236,7 @@ class Recorder:
             groups[group] = {}
             for name, column in members.items():
                 array = arrays[group][name]
-                dims = self._dims(name, column, array.shape[1:], axis, set(members))
+                dims = self._dims(name, column, array.shape[1:], axis)
                 groups[group][safe_name(name)] = (
                     (dims, array[0]) if group == "observed_data" else ((*DRAW, *dims), array[None])
                 )
@@ -296,9 +291,7 @@ class Recorder:
         vectors = [*spheres, *(name for name, column in columns.items() if column.event_dim == 1)]
         return arrays[vectors[0]].shape[-1] if vectors else None
 
-    def _dims(
-        self, name: str, column: _Column, shape: Sequence[int], axis: int | None, taken: set[str]
-    ) -> tuple[str, ...]:
+    def _dims(self, name: str, column: _Column, shape: Sequence[int], axis: int | None) -> tuple[str, ...]:
         if name in self.dims:
             given = tuple(self.dims[name])
             if len(given) != len(shape):
@@ -317,7 +310,7 @@ class Recorder:
             elif plate is None:
                 label = "item" if last_batch and size == self.num_items else ""
             else:
-                label = f"{plate}_plate" if plate in {*taken, *DRAW, "item", "axis"} else safe_name(plate)
+                label = f"{plate}_plate" if plate in {*DRAW, "item", "axis"} else safe_name(plate)
             dims.append(label if label and label not in dims else f"{safe_name(name)}_dim_{position}")
         return tuple(dims)
 
@@ -326,7 +319,7 @@ class Recorder:
         return {("item" if name in self.item_plates else safe_name(name)): rows for name, rows in self.rows.items()}
 
 
-def _sites(trace: poutine.Trace, keep: Any) -> Iterator[tuple[str, Site]]:
+def _sites(trace: Trace, keep: Any) -> Iterator[tuple[str, Site]]:
     return ((name, site) for name, site in trace.nodes.items() if keep(site))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyro_contrastive.diagnostics.alignment import AlignmentScore, align_and_score, cosine_correlation, procrustes
 from pyro_contrastive.diagnostics.arviz_bridge import to_arviz
+from pyro_contrastive.diagnostics.arviz_mcmc import from_pyro
 from pyro_contrastive.diagnostics.calibration import (
     Coverage,
     cap_pit,
@@ -78,6 +79,7 @@ __all__ = [
     "credible_curve",
     "credible_sets",
     "direction_and_concentration",
+    "from_pyro",
     "identifiability",
     "image_report",
     "knn_accuracy",

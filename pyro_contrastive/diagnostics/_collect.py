@@ -19,7 +19,6 @@ from pyro_contrastive.diagnostics._draws import (
     Site,
     Trace,
     brief,
-    given_values,
     is_latent,
     is_observation,
     per_draw,
@@ -105,12 +104,12 @@ class Collector:
         recorder.learn_plates(guide_like, model_like)
         with tqdm(total=self.num_samples, desc="posterior draws", disable=not progress) as bar:
             self._posterior(recorder, guide_like, model_like, bar)
-        attrs: Attributes = {"posterior_draws": self._how("posterior")}
+        attrs: Attributes = {"posterior_draws": programs.how("posterior")}
         if self.prior:
             try:
                 with tqdm(total=self.num_samples, desc="prior draws", disable=not progress) as bar:
                     self._prior(recorder, bar)
-                attrs["prior_draws"] = self._how("prior")
+                attrs["prior_draws"] = programs.how("prior")
             except Exception as error:  # whatever somebody's model raises when it has no guide to follow
                 recorder.columns.pop("prior", None)
                 recorder.columns.pop("prior_predictive", None)
@@ -175,20 +174,11 @@ class Collector:
             bar.update(max(run.size, 1))
         self._set_globals("prior", kept)
 
-    def _how(self, kind: str) -> str:
-        reason = self.programs.reasons.get(kind)
-        return "many in one pass" if reason is None else f"one after the other: {reason}"
-
     def _given(self, kind: str, like: Trace, where: slice, size: int) -> Trace | None:
         """The global latents of these draws, from the first batch on."""
         if not self.globals.get(kind):
             return None
-        values = {}
-        for name, draws in self.globals[kind].items():
-            site = like.nodes[name]
-            pad = self.programs.nesting - (site["value"].ndim - site["fn"].event_dim)
-            values[name] = draws[where].reshape(size, *(1,) * pad, *draws.shape[1:]) if size else draws[where][0]
-        return given_values(values, like)
+        return self.programs.given(self.globals[kind], like, where, size)
 
     def _keep_globals(self, kept: dict[str, list[torch.Tensor]], recorder: Recorder, run: Run) -> None:
         for name, site in run.like.nodes.items():

@@ -191,6 +191,25 @@ class Programs:
                     batch = 0 if is_deterministic(site) else len(getattr(site["fn"], "batch_shape", ()))
                     self.nesting = max(self.nesting, batch, *plates)
 
+    def given(self, values: Mapping[str, torch.Tensor], like: Trace, where: slice, size: int) -> Trace:
+        """Some of the draws of given sites, for a pass.
+
+        Args:
+            values: All draws by site, (draws, *shape of the value).
+            like: A plain run.
+            where: Which draws.
+            size: Number of them; 0 for a plain run.
+
+        Returns:
+            A trace for `poutine.replay`.
+        """
+        chosen = {}
+        for name, draws in values.items():
+            site = like.nodes[name]
+            pad = self.nesting - (site["value"].ndim - site["fn"].event_dim)
+            chosen[name] = draws[where].reshape(size, *(1,) * pad, *draws.shape[1:]) if size else draws[where][0]
+        return given_values(chosen, like)
+
     def draws_per_pass(self, num_samples: int, *traces: Trace) -> int:
         """How many draws to make together; a contrastive model keeps an N x N grid for each of them."""
         largest = max(
@@ -247,6 +266,11 @@ class Programs:
             self.trusted.add(kind)
             yield [run for _, run in made]
             start += count
+
+    def how(self, kind: str) -> str:
+        """How draws of a kind were made, for an attribute."""
+        reason = self.reasons.get(kind)
+        return "many in one pass" if reason is None else f"one after the other: {reason}"
 
     def _fault(self, made: Sequence[tuple[Callable[..., Any], Run]]) -> str:
         """Compares the first and the last draw of a pass with plain runs on the same values."""

@@ -57,12 +57,14 @@ class Recorder:
         dims: Names of the dimensions of a variable that the user gave.
         groups: Columns by group and name.
         rows: Labels of subsampled dimensions.
+        name_plates: Whether dimensions are called after plates, items and axes; else `w_dim_0`, as ArviZ does.
     """
 
     num_items: int | None
     dims: Mapping[str, Sequence[str]] = field(default_factory=dict)
     columns: dict[str, dict[str, _Column]] = field(default_factory=dict)
     rows: dict[str, np.ndarray] = field(default_factory=dict)
+    name_plates: bool = True
 
     def __post_init__(self) -> None:
         self.item_plates: set[str] = set()
@@ -72,6 +74,7 @@ class Recorder:
     def learn_plates(self, *traces: Trace) -> None:
         """Finds the plate of the items: the one of the views' length, by preference one that holds data or factors."""
         plates: dict[str, int] = {}
+        stacks: list[dict[str, int]] = []
         for trace in traces:
             for site in trace.nodes.values():
                 if site["type"] != "sample" or is_deterministic(site):
@@ -80,13 +83,18 @@ class Recorder:
                     if site["fn"].subsample_size != site["fn"].size:
                         self.rows[site["name"]] = as_array(site["value"])
                     continue
-                for frame in site["cond_indep_stack"]:
-                    if frame.vectorized and self.num_items in (frame.size, getattr(frame, "full_size", None)):
-                        plates[frame.name] = max(plates.get(frame.name, 0), int(bool(site["is_observed"])))
+                frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+                fitting = {f.name: f.dim for f in frames if self.num_items in (f.size, f.full_size or f.size)}
+                stacks.append(fitting)
+                for name in fitting:
+                    plates[name] = max(plates.get(name, 0), int(bool(site["is_observed"])))
         best = max(plates.values(), default=0)
         self.item_plates = {name for name, rank in plates.items() if rank == best}
-        if len(self.item_plates) > 1 and "pairs" in self.item_plates:
+        if "pairs" in self.item_plates:
             self.item_plates = {"pairs"}
+        for fitting in stacks:  # two of one length around one site, such as items against items: the innermost
+            inside = sorted(self.item_plates & set(fitting), key=lambda name: -fitting[name])
+            self.item_plates -= set(inside[1:])
 
     def is_global(self, site: Site) -> bool:
         """Whether a sample site of a plain run has no dimension for the items, in a plate or without one."""
@@ -127,6 +135,14 @@ class Recorder:
                 value = torch.zeros_like(value)
             like = model.like.nodes[name]
             self._add("log_likelihood", name, value, like, model.size, shape=like["unscaled_log_prob"].shape)
+
+    def add_replayed(self, model: Run, likelihood: bool) -> None:
+        """Adds what the model says of given draws: deterministic values, log joint density, pointwise log density."""
+        for name, site in _sites(model.trace, is_deterministic):
+            self._add("posterior", name, site["value"], model.like.nodes[name], model.size)
+        if likelihood:
+            self.add_likelihood(model)
+            self._put("sample_stats", "log_p", self._log_density(model, model)[0], (), 0)
 
     def add_prior(self, run: Run) -> None:
         """Adds a pass of the model alone, without its data."""
@@ -294,6 +310,8 @@ class Recorder:
     def _dims(self, name: str, column: _Column, shape: Sequence[int], axis: int | None) -> tuple[str, ...]:
         if name in self.dims:
             given = tuple(self.dims[name])
+            if column.event_dim == 0 and len(given) > len(shape):
+                given = given[: len(shape)]  # a log density has no event dimensions
             if len(given) != len(shape):
                 raise ValueError(
                     f"`dims` must name the {len(shape)} dimensions of `{name}` {tuple(shape)}, got {given}"
@@ -303,7 +321,9 @@ class Recorder:
         for position, size in enumerate(shape):
             plate = column.batch[position] if position < len(column.batch) else None
             last_batch = position == len(column.batch) - 1
-            if position >= len(column.batch):
+            if not self.name_plates:
+                label = ""
+            elif position >= len(column.batch):
                 label = "axis" if column.event_dim == 1 and size == axis else ""
             elif plate in self.item_plates or plate == "item plate":
                 label = "item"

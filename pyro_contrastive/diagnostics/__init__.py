@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyro_contrastive.diagnostics.alignment import AlignmentScore, align_and_score, cosine_correlation, procrustes
 from pyro_contrastive.diagnostics.arviz_bridge import to_arviz
 from pyro_contrastive.diagnostics.arviz_mcmc import from_pyro
+from pyro_contrastive.diagnostics.arviz_stream import stream_arviz
 from pyro_contrastive.diagnostics.calibration import (
     Coverage,
     cap_pit,
@@ -108,6 +109,7 @@ __all__ = [
     "sbc_ranks",
     "size_correlation",
     "sphere_report",
+    "stream_arviz",
     "to_arviz",
     "uniformity_pvalue",
     "write_html",

@@ -288,10 +288,8 @@ class Collector:
             attrs["sites_without_guide"] = ", ".join(unguided)
         factors = [name for name, site in model_like.nodes.items() if site_is_factor(site)]
         if factors and views:
-            attrs["batch_relative"] = (
-                f"{', '.join(factors)}: if these factors are contrastive, each row is relative to the {len(views[0])} "
-                "rows of its batch"
-            )
+            attrs["batch_relative"] = f"{', '.join(factors)}: relative to the rows of one batch, if contrastive"
+            attrs["batch_size"] = len(views[0])
         rows = [name for name, site in model_like.nodes.items() if site["type"] == "sample" and _is_subsampled(site)]
         if rows:
             attrs["subsampled"] = f"{', '.join(rows)}: one choice of rows for all draws"

@@ -296,7 +296,7 @@ def test_errors(pair, views):
         to_arviz(*pair, views[0])
     with pytest.raises(ValueError, match="one length"):
         to_arviz(*pair, (views[0], views[1][:3]))
-    with pytest.raises(ValueError, match="`num_samples` must be >= 1"):
+    with pytest.raises(ValueError, match="`num_samples` must be an integer >= 1"):
         to_arviz(*pair, views, num_samples=0)
     with pytest.raises(ValueError, match="`view_names` must name"):
         to_arviz(*pair, views, view_names=["a"])

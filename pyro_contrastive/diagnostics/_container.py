@@ -101,7 +101,7 @@ def _labels(dim: str, size: int, given: Sequence[Any] | None, known: Any, group:
     """Labels of one dimension; rows of a subsampled dimension pick among the user's labels of all rows."""
     if given is not None and len(given) == size:
         return given
-    if known is not None and len(known) == size:
+    if known is not None and len(known) == size and (given is None or max(known) < len(given)):
         return known if given is None else np.asarray(given)[known]
     if given is None:
         return np.arange(size)

@@ -80,7 +80,7 @@ class Recorder:
                 if site["type"] != "sample" or is_deterministic(site):
                     continue
                 if site_is_subsample(site):
-                    if site["fn"].subsample_size != site["fn"].size:
+                    if len(site["value"]) != site["fn"].size:
                         self.rows[site["name"]] = as_array(site["value"])
                     continue
                 frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
@@ -252,7 +252,7 @@ class Recorder:
             groups[group] = {}
             for name, column in members.items():
                 array = arrays[group][name]
-                dims = self._dims(name, column, array.shape[1:], axis)
+                dims = self._dims(name, column, array.shape[1:], axis, group == "log_likelihood")
                 groups[group][safe_name(name)] = (
                     (dims, array[0]) if group == "observed_data" else ((*DRAW, *dims), array[None])
                 )
@@ -307,10 +307,12 @@ class Recorder:
         vectors = [*spheres, *(name for name, column in columns.items() if column.event_dim == 1)]
         return arrays[vectors[0]].shape[-1] if vectors else None
 
-    def _dims(self, name: str, column: _Column, shape: Sequence[int], axis: int | None) -> tuple[str, ...]:
+    def _dims(
+        self, name: str, column: _Column, shape: Sequence[int], axis: int | None, density: bool
+    ) -> tuple[str, ...]:
         if name in self.dims:
             given = tuple(self.dims[name])
-            if column.event_dim == 0 and len(given) > len(shape):
+            if density:
                 given = given[: len(shape)]  # a log density has no event dimensions
             if len(given) != len(shape):
                 raise ValueError(

@@ -34,6 +34,12 @@ def regression(x, y=None):
         pyro.sample("y", dist.Normal(x @ w, s), obs=y)
 
 
+def regression_for_many(x, y=None):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal((w * x).sum(-1), 0.5), obs=y)
+
+
 def grouped(x, y=None):
     """A hierarchy that is written for any number of leading dimensions."""
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
@@ -116,6 +122,20 @@ def test_draws_in_one_pass_have_the_densities_of_draws_made_alone(vectorize):
     np.testing.assert_allclose(stats["log_q"].values[0], log_q, rtol=1e-4)
     np.testing.assert_allclose(stats["elbo"].values[0], log_p - log_q, rtol=1e-3)
     assert len(np.unique(data["posterior_predictive"]["y"])) == len(np.unique(data["prior_predictive"]["y"])) == 9 * N
+
+
+@pytest.mark.parametrize("family", AUTOGUIDES, ids=lambda family: family.__name__)
+def test_autoguides_in_one_pass(family):
+    guide = fitted(regression_for_many, family(regression_for_many), X, y=Y)
+    data = to_arviz(regression_for_many, guide, (X,), kwargs={"y": Y}, num_samples=6, seed=1)
+    assert data.attrs["posterior_draws"] == data.attrs["prior_draws"] == "many in one pass"
+    w = data["posterior"]["w"].values[0]
+    assert len(np.unique(w)) == (3 if family is autoguide.AutoDelta else 18)
+    np.testing.assert_allclose(
+        data["log_likelihood"]["y"].values[0], normal(Y.numpy(), w @ X.numpy().T, 0.5), rtol=1e-3, atol=1e-3
+    )
+    alone = guide(X, y=Y)["w"] if family is autoguide.AutoDelta else None
+    assert alone is None or np.allclose(w, alone.detach())
 
 
 @pytest.mark.parametrize("site", ["model", "guide", "deterministic"])

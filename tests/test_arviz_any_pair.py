@@ -371,6 +371,19 @@ def test_scalar_quantities_of_spherical_sites():
     assert data.attrs["batch_size"] == N and "positive" in data.attrs["batch_relative"]
 
 
+def test_unit_norms_that_are_no_directions():
+    def program(x):
+        pyro.sample("factor", dist.LKJCholesky(3, 1.0))
+        with pyro.plate("pairs", len(x)):
+            pyro.sample("code", dist.OneHotCategorical(torch.ones(3)))
+            w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.deterministic("direction", torch.nn.functional.normalize(w, dim=-1))
+
+    data = to_arviz(program, program, (X,), num_samples=4, seed=0)
+    assert {name for name in data["posterior"].data_vars if name.startswith("angle")} == {"angle_direction"}
+    assert data["posterior"]["factor"].dims == ("chain", "draw", "factor_dim_0", "factor_dim_1")
+
+
 def test_parameters_without_network_weights():
     net = torch.nn.Linear(3, 1)
 

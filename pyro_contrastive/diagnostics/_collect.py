@@ -57,7 +57,7 @@ class Collector:
         kwargs: Keyword arguments of both.
         prior: Whether to draw from the prior.
         predictive: Whether to replicate the observed data.
-        vectorise: Whether to try many draws in one pass.
+        vectorize: Whether to try many draws in one pass.
         dims: Names of the dimensions of variables.
         view_names: Names of the views.
         store_views: Whether to keep the views; None keeps small ones.
@@ -69,13 +69,13 @@ class Collector:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     prior: bool = True
     predictive: bool = True
-    vectorise: bool = True
+    vectorize: bool = True
     dims: Mapping[str, Sequence[str]] = field(default_factory=dict)
     view_names: Sequence[str] | None = None
     store_views: bool | None = None
 
     def __post_init__(self) -> None:
-        self.programs = Programs(self.model, self.guide, (), self.kwargs, self.vectorise)
+        self.programs = Programs((), self.kwargs, self.vectorize)
         self.globals: dict[str, dict[str, torch.Tensor]] = {}  # by kind of draw, then by site: (draws, *shape)
 
     def collect(self, views: tuple[torch.Tensor, ...], *, progress: bool = False) -> Collection:
@@ -232,7 +232,7 @@ class Collector:
         def add(name: str, tensor: torch.Tensor, *, by_item: bool) -> None:
             name = safe_name(name) if safe_name(name) not in {*taken, *constants} else f"{safe_name(name)}_value"
             dims = ["item" if by_item and k == 0 else f"{name}_dim_{k}" for k in range(tensor.ndim)]
-            constants[name] = (tuple(self.dims.get(name, dims)), as_array(tensor))
+            constants[name] = (tuple(self.dims.get(name, dims)), as_array(tensor).copy())  # training may go on
 
         if self.store_views if self.store_views is not None else sum(v.numel() for v in views) <= _STORE_UP_TO:
             for name, view in zip(self._names(views), views, strict=True):

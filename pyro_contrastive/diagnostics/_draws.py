@@ -112,7 +112,7 @@ class Run:
 
 
 def per_draw(value: torch.Tensor, shape: Sequence[int], size: int) -> torch.Tensor:
-    """Brings a value of a vectorised pass to one row per draw.
+    """Brings a value of a vectorized pass to one row per draw.
 
     Args:
         value: Tensor with the draws leftmost and padding of size one behind, or without a dimension for draws.
@@ -137,22 +137,18 @@ def per_draw(value: torch.Tensor, shape: Sequence[int], size: int) -> torch.Tens
 
 @dataclass
 class Programs:
-    """A pair with its arguments.
+    """Runs programs that share their arguments.
 
     Attributes:
-        model: Pyro program.
-        guide: Pyro program; None when the values of the latents come from elsewhere.
-        args: Positional arguments of both.
-        kwargs: Keyword arguments of both.
-        vectorise: Whether to try many draws in one pass.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        vectorize: Whether to try many draws in one pass.
         reasons: Why draws are made one after the other, by kind of draw; a kind made together is not in it.
     """
 
-    model: Callable[..., Any]
-    guide: Callable[..., Any] | None
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    vectorise: bool = True
+    vectorize: bool = True
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -183,7 +179,7 @@ class Programs:
         return trace
 
     def measure(self, *traces: Trace) -> None:
-        """Finds how many dimensions the plates of plain runs take, which decides where those of the draws goes."""
+        """Finds how many dimensions the plates of plain runs take, which decides where that of the draws goes."""
         for trace in traces:
             for site in trace.nodes.values():
                 if site["type"] == "sample" and not site_is_subsample(site):
@@ -244,7 +240,7 @@ class Programs:
         Yields:
             The runs of one pass.
         """
-        if not self.vectorise:
+        if not self.vectorize:
             self.reasons.setdefault(kind, "asked for")
         elif size == 1:
             self.reasons.setdefault(kind, "one draw is enough work for a pass")

@@ -47,6 +47,12 @@ class _Column:
     event_dim: int
     parts: list[np.ndarray] = field(default_factory=list)
 
+    def joined(self) -> np.ndarray:
+        """All draws, (draws, ...); the parts are given up, so that nothing is held twice."""
+        whole = np.concatenate(self.parts)
+        self.parts = []
+        return whole
+
 
 @dataclass
 class Recorder:
@@ -55,7 +61,7 @@ class Recorder:
     Attributes:
         num_items: Length of the views; None without views.
         dims: Names of the dimensions of a variable that the user gave.
-        groups: Columns by group and name.
+        columns: Variables by group and name.
         rows: Labels of subsampled dimensions.
         name_plates: Whether dimensions are called after plates, items and axes; else `w_dim_0`, as ArviZ does.
     """
@@ -68,6 +74,7 @@ class Recorder:
 
     def __post_init__(self) -> None:
         self.item_plates: set[str] = set()
+        self.latents: list[str] = []
         self.shifting: set[str] = set()
         self.directions: dict[str, np.ndarray] = {}
 
@@ -109,6 +116,8 @@ class Recorder:
         """Adds the latent and deterministic values, pointwise log densities and scalar statistics of one pass."""
         for name, site in _sites(guide.trace, is_latent):
             like = guide.like.nodes[name]
+            if name not in self.latents:
+                self.latents.append(name)
             self._add("posterior", name, site["value"], like, guide.size)
             if like["fn"].event_dim == 1:
                 self._add_law(name, site, like, guide.size)
@@ -232,7 +241,7 @@ class Recorder:
         """Names the dimensions and adds the scalar quantities of the spherical sites.
 
         Returns:
-            Variables by group; those of observed_data have no (chain, draw).
+            Variables by group; those of observed_data have no (chain, draw). To be called once.
 
         Raises:
             ValueError: If a latent value is NaN.
@@ -240,13 +249,13 @@ class Recorder:
         columns = dict(self.columns)
         laws = {key: columns.pop(key, {}) for key in ("concentration", "log_density")}
         arrays = {
-            group: {name: np.concatenate(column.parts) for name, column in members.items()}
-            for group, members in columns.items()
+            group: {name: column.joined() for name, column in members.items()} for group, members in columns.items()
         }
-        for name, array in arrays.get("posterior", {}).items():
-            self._refuse_nan(name, array)
-        spheres = [name for name, array in arrays.get("posterior", {}).items() if _on_sphere(array)]
-        axis = self._axis(columns.get("posterior", {}), arrays.get("posterior", {}), spheres)
+        for name in self.latents:
+            self._refuse_nan(name, arrays["posterior"][name])
+        vectors = [name for name, column in columns.get("posterior", {}).items() if column.event_dim == 1]
+        spheres = [name for name in vectors if _on_sphere(arrays["posterior"][name])]
+        axis = next((arrays["posterior"][name].shape[-1] for name in [*spheres, *vectors]), None)
         groups: dict[str, Variables] = {}
         for group, members in columns.items():
             groups[group] = {}
@@ -284,7 +293,7 @@ class Recorder:
                 )
         for key, columns in laws.items():
             if name in columns:
-                values = np.concatenate(columns[name].parts)[None]
+                values = columns[name].joined()[None]
                 groups["posterior"][f"{key}{suffix}"] = (dims[:-1], values.astype(draws.dtype))
         if name in laws["log_density"]:
             level = _hpd_level(groups["posterior"][f"log_density{suffix}"][1])
@@ -301,11 +310,6 @@ class Recorder:
                 f"the posterior must be free of NaN, got NaN at site `{name}`, {place}, draw {draw} ({share:.1%} of "
                 "its values); look at that input and at the parameters of the guide, training may have diverged"
             )
-
-    def _axis(self, columns: Mapping[str, _Column], arrays: Mapping[str, np.ndarray], spheres: list[str]) -> int | None:
-        """Size of the dimension "axis": of the points on a sphere, or else of the first vector."""
-        vectors = [*spheres, *(name for name, column in columns.items() if column.event_dim == 1)]
-        return arrays[vectors[0]].shape[-1] if vectors else None
 
     def _dims(
         self, name: str, column: _Column, shape: Sequence[int], axis: int | None, density: bool
@@ -360,10 +364,11 @@ def _suffix(name: str) -> str:
 
 
 def _on_sphere(draws: np.ndarray) -> bool:
-    """Whether vectors of at least two entries all have norm one."""
-    if draws.ndim < 2 or draws.shape[-1] < 2 or not np.issubdtype(draws.dtype, np.floating):
+    """Whether vectors of at least two entries all have norm one; one-hot codes have, and are no directions."""
+    if draws.shape[-1] < 2 or not np.issubdtype(draws.dtype, np.floating):
         return False
-    return bool(np.all(np.abs(np.linalg.norm(draws, axis=-1) - 1.0) < 1e-3))
+    unit = np.all(np.abs(np.linalg.norm(draws, axis=-1) - 1.0) < 1e-3)
+    return bool(unit and np.any(draws != np.rint(draws)))
 
 
 def _hpd_level(log_density: np.ndarray) -> np.ndarray:

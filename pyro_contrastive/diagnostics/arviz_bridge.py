@@ -117,7 +117,7 @@ the latent of each view; `pair_concentration` (`model.concentration`) and the `p
         kwargs=kwargs or {},
         prior=prior,
         predictive=predictive,
-        vectorise=vectorize,
+        vectorize=vectorize,
         dims=dims or {},
         view_names=view_names,
         store_views=store_views,

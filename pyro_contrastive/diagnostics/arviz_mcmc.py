@@ -176,7 +176,7 @@ def _replay(
     samples = dict(posterior.get_samples(group_by_chain=True))
     chains, draws = posterior.num_chains, posterior.num_samples
     flat = {name: value.detach().reshape(chains * draws, *value.shape[2:]) for name, value in samples.items()}
-    programs = Programs(model, None, tuple(posterior._args), dict(posterior._kwargs))
+    programs = Programs(tuple(posterior._args), dict(posterior._kwargs))
     recorder = Recorder(None, dims, name_plates=False)
     with evaluation(model):
         like = programs.run(model, given=given_values({name: value[0] for name, value in flat.items()}))

@@ -105,7 +105,7 @@ def stream_arviz(
         kwargs=kwargs or {},
         prior=prior,
         predictive=predictive,
-        vectorise=vectorize,
+        vectorize=vectorize,
         dims=dims or {},
         view_names=view_names,
         store_views=store_views,

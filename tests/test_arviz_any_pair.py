@@ -353,7 +353,7 @@ def test_concentration_that_depends_on_another_latent_has_draws():
 def test_scalar_quantities_of_spherical_sites():
     guide = guides.VonMisesFisher(torch.nn.Linear(3, 8), dim=3)
     data = to_arviz(models.MCInfoNCE(guide), guide, (X, X), num_samples=40, seed=0)
-    q = guide.posterior(X)
+    q = guide.eval().posterior(X)  # as to_arviz does
     posterior, constants = data["posterior"], data["constant_data"]
     assert constants["mean_direction1"].dims == ("item", "axis")
     np.testing.assert_allclose(constants["mean_direction1"], q.mean_direction.detach(), atol=1e-5)

@@ -88,7 +88,7 @@ def test_the_file_holds_what_to_arviz_gives_batch_by_batch(pair, suffix, tmp_pat
     np.testing.assert_array_equal(data["constant_data"]["index"], np.arange(13))
     np.testing.assert_array_equal(data["observed_data"]["partner"], np.concatenate([np.arange(n) for n in LENGTHS]))
     # the densities belong to the draws, in every batch
-    q = pair[1].posterior(torch.as_tensor(views[0]))
+    q = pair[1].eval().posterior(torch.as_tensor(views[0]))
     z = torch.as_tensor(data["posterior"]["z1"].values[0])
     np.testing.assert_allclose(
         data["posterior"]["log_density1"].values[0], q.log_prob(z).detach(), rtol=1e-4, atol=1e-4

@@ -40,7 +40,10 @@ LAYERS = {
 METHODS = {"models", "guides"}
 JOINS_METHODS = {"registry", "cli", "__main__"}  # the only parts that know both a method and the core
 LATE = {"torchvision", "sklearn", "matplotlib", "arviz", "xarray", "faiss"}  # slow to import: inside functions only
-EXTRAS = {"faiss": ("retrieval", "faiss-cpu")}  # modules that only an extra installs, and their distributions
+EXTRAS = {
+    "faiss": ("retrieval", "faiss-cpu"),
+    "zarr": ("zarr", "zarr"),
+}  # modules that only an extra installs, and their distributions
 MAX_LINES = 420
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pyro_contrastive.diagnostics._intervals import Estimate
 from pyro_contrastive.diagnostics.alignment import AlignmentScore, align_and_score, cosine_correlation, procrustes
 from pyro_contrastive.diagnostics.arviz_bridge import to_arviz
+from pyro_contrastive.diagnostics.arviz_mcmc import from_pyro
+from pyro_contrastive.diagnostics.arviz_stream import stream_arviz
 from pyro_contrastive.diagnostics.calibration import (
     Coverage,
     cap_pit,
@@ -107,12 +109,12 @@ __all__ = [
     "credible_sets",
     "direction_and_concentration",
     "entropy_agreement",
+    "from_pyro",
     "identifiability",
     "image_report",
     "knn_accuracy",
     "knn_correct",
     "label_entropy",
-    "linear_r2",
     "mcc",
     "ood_auroc",
     "partner_check",
@@ -141,6 +143,7 @@ __all__ = [
     "selective_risk",
     "size_correlation",
     "sphere_report",
+    "stream_arviz",
     "to_arviz",
     "uniformity_pvalue",
     "write_html",

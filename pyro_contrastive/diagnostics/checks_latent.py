@@ -1,4 +1,4 @@
-"""Opinions on the learned latent space, for which no truth is needed: its use of the sphere, its widths, their level."""
+"""Opinions on the learned latent space, with no truth needed: its use of the sphere, its widths, their level."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from pyro_contrastive.ops import bessel_ratio
 __all__ = ["judge_concentration", "judge_dimensions", "judge_level", "judge_uniformity"]
 
 # Mean length of the aggregate. In a world with a known truth, an aggregate of mean length .55 cost the uniform fit the
-# whole order of its concentrations (docs/identifiability.md); below .1 the exact likelihood loses less than a percent.
+# whole order of its concentrations (docs/identifiability.md). At .1 the marginal has a concentration of about d / 10,
+# still small beside that of any posterior that says something.
 _LENGTH_WARN, _LENGTH_FAIL = 0.1, 0.55
 _CROWDED = 0.9  # mean length of the mean directions: nine tenths of every direction is the same for all items
 
@@ -41,18 +42,15 @@ def judge_uniformity(points: ArrayLike | torch.Tensor, *, assumed: bool = True, 
 
     Example:
         >>> judge_uniformity(np.tile(np.eye(3), (50, 1))).status  # three points
-        'warn'
+        'fail'
     """
     result = aggregate_uniformity(points)
     n, d = result.num_points, result.dim
     length, ratio = result.mean_resultant_length, result.eigenvalue_ratio
     by_chance = (1 + math.sqrt(d / n)) ** 2
-    # in units of the warning threshold of the length, whichever is larger
     effect = max(length, _LENGTH_WARN if ratio >= 1.25 * by_chance else 0.0)
     resolution = math.sqrt(stats.chi2.isf(level / 2, d) / (d * n))
-    status, few = grade(
-        effect, _LENGTH_WARN, _LENGTH_FAIL, significant=result.pvalue < level, resolution=resolution
-    )  # fmt: skip
+    status, few = grade(effect, _LENGTH_WARN, _LENGTH_FAIL, significant=result.pvalue < level, resolution=resolution)
     value = f"mean length {length:.2f}, largest eigenvalue ratio {ratio:.1f}, p = {result.pvalue:.2g}, {n:,} draws"
     if few:
         return Check("Uniform aggregate", "skip", value, f"{n} draws cannot show a departure; judge more items.")

@@ -22,6 +22,18 @@ __all__ = ["FAMILY_LEVEL", "SYMBOLS", "Check", "Status", "grade", "verdict", "wo
 Status = Literal["fail", "warn", "skip", "pass"]  # the most serious first
 FAMILY_LEVEL = 0.01  # chance of any false alarm on a page, of the checks that test
 TEST_LEVEL = 0.001  # of one test on its own: ten of them make a page
+_OPINIONS: dict[Status, str] = {
+    "fail": "Do not trust these posteriors yet",
+    "warn": "Use these posteriors with care",
+    "pass": "Nothing found against these posteriors",
+    "skip": "Nothing could be judged",
+}
+_PHRASES: dict[Status, tuple[str, str]] = {  # of one check, of several
+    "fail": ("fails", "fail"),
+    "warn": ("warns", "warn"),
+    "pass": ("passes", "pass"),
+    "skip": ("cannot be judged", "cannot be judged"),
+}
 SYMBOLS: dict[Status, str] = {"fail": "✗", "warn": "!", "skip": "–", "pass": "✓"}
 
 
@@ -108,31 +120,18 @@ def verdict(checks: Sequence[Check]) -> tuple[Status, str]:
 
     Example:
         >>> verdict([Check("Coverage", "pass", "50.1 %", "calibrated")])
-        ('pass', 'Nothing found against these posteriors: 1 check passes.')
+        ('pass', 'Nothing found against these posteriors: 1 passes.')
     """
     by_name: dict[str, list[Status]] = {}
     for check in checks:
         by_name.setdefault(check.name, []).append(check.status)
-    found: dict[Status, list[str]] = {status: [] for status in get_args(Status)}
+    found: dict[Status, list[str]] = {status: [] for status in _PHRASES}
     for name, statuses in by_name.items():
         found[worst(statuses)].append(name)
     overall = worst(status for status, names in found.items() if names)
-    texts = {
-        "fail": "Do not trust these posteriors yet",
-        "warn": "Use these posteriors with care",
-        "pass": "Nothing found against these posteriors",
-        "skip": "Nothing could be checked",
-    }
     parts = []
-    for status, one, many in (("fail", "fails", "fail"), ("warn", "warns", "warn")):
-        if names := found[status]:  # type: ignore[index]
-            parts.append(f"{len(names)} {'check' if not parts else 'of them'} {one if len(names) == 1 else many}"
-                         f" ({'; '.join(names)})")  # fmt: skip
-    for status, one, many in (
-        ("pass", "passes", "pass"),
-        ("skip", "could not be judged", "could not be judged"),
-    ):
-        if names := found[status]:  # type: ignore[index]
-            noun = "" if parts else (" check" if len(names) == 1 else " checks")
-            parts.append(f"{len(names)}{noun} {one if len(names) == 1 else many}")
-    return overall, f"{texts[overall]}: {', '.join(parts)}." if parts else f"{texts[overall]}."
+    for status, names in found.items():
+        if names:
+            listed = f" ({'; '.join(names)})" if status in ("fail", "warn") else ""
+            parts.append(f"{len(names)} {_PHRASES[status][len(names) > 1]}{listed}")
+    return overall, f"{_OPINIONS[overall]}: {', '.join(parts) or 'no checks'}."

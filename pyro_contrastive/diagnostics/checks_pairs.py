@@ -77,8 +77,8 @@ def judge_partner(check: _Partner, *, level: float = TEST_LEVEL) -> Check:
     else:
         status, text = "fail", "The posterior of one view does not find its partner better than guessing."
     remedy = (
-        "Check that row i of both views shows one thing; more steps; a smaller pair concentration if views of one thing "
-        "differ much; a larger encoder."
+        "Check that row i of both views shows one thing; more steps; a smaller pair concentration if views of one "
+        "thing differ much; a larger encoder."
     )
     return Check(name, status, value, text, remedy)
 
@@ -169,8 +169,8 @@ def judge_accuracy(
     """Opinion on whether mistakes gather among the least sure items.
 
     The effect is the probability that a right item is surer than a wrong one (the area under the ROC curve; .5: the
-    width knows nothing of mistakes). Fails where it is below .55, warns below .65, each at the upper end of its interval
-    (the normal approximation of Mann & Whitney 1947).
+    width knows nothing of mistakes). Fails where it is below .55, warns below .65, each at the upper end of its
+    interval (the normal approximation of Mann & Whitney 1947).
 
     Args:
         concentration: Concentrations, shape (N,); infinity is legal.

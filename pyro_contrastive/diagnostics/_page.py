@@ -169,7 +169,7 @@ def _verdicts(groups: Sequence[Sequence[Section]]) -> str:
         link = f'<a href="#{_identity(group)}">{escape(group_title(group))}</a>'
         items.append(f'<li class="{status}">{_badge(status)}<p>{link}. {escape(sentence)}</p></li>')
     note = (
-        "A check fails or warns where an effect matters <em>and</em> is not chance; the tests on this page raise any "
+        "A check fails or warns where an effect matters <em>and</em> is not chance; the tests of each part raise any "
         f"false alarm with a probability of at most {FAMILY_LEVEL:.0%}. No check proves that a posterior is right."
     )
     return f'<ul class="verdicts">{"".join(items)}</ul><p class="note">{note}</p>'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyro_contrastive.diagnostics._intervals import Estimate
 from pyro_contrastive.diagnostics.alignment import AlignmentScore, align_and_score, cosine_correlation, procrustes
 from pyro_contrastive.diagnostics.arviz_bridge import to_arviz
 from pyro_contrastive.diagnostics.calibration import (
@@ -15,6 +16,7 @@ from pyro_contrastive.diagnostics.calibration import (
     sbc_ranks,
     uniformity_pvalue,
 )
+from pyro_contrastive.diagnostics.comparison import Comparison, compare
 from pyro_contrastive.diagnostics.identifiability import Identifiability, identifiability, plot_identifiability
 from pyro_contrastive.diagnostics.partner import partner_pit, partner_probability, partner_radius
 from pyro_contrastive.diagnostics.partner_sets import partner_sets
@@ -29,6 +31,7 @@ from pyro_contrastive.diagnostics.plots import (
     plot_pit,
 )
 from pyro_contrastive.diagnostics.plots_retrieval import plot_credible_caps, plot_credible_sets, plot_risk_coverage
+from pyro_contrastive.diagnostics.predictive import PartnerCheck, Reliability, partner_check
 from pyro_contrastive.diagnostics.report import Picture, Section, image_report, sphere_report, write_html, write_summary
 from pyro_contrastive.diagnostics.representation import (
     Uniformity,
@@ -55,12 +58,16 @@ from pyro_contrastive.diagnostics.retrieval_scores import (
 __all__ = [
     "AlignmentScore",
     "ClassScores",
+    "Comparison",
     "Coverage",
     "CredibleCurve",
     "CredibleSets",
+    "Estimate",
     "Identifiability",
+    "PartnerCheck",
     "Picture",
     "RankingScores",
+    "Reliability",
     "RiskCoverage",
     "Section",
     "Uniformity",
@@ -72,6 +79,7 @@ __all__ = [
     "cap_probability",
     "cap_radius",
     "class_scores",
+    "compare",
     "corruption_correlation",
     "cosine_correlation",
     "coverage",
@@ -83,6 +91,7 @@ __all__ = [
     "knn_accuracy",
     "knn_correct",
     "label_entropy",
+    "partner_check",
     "partner_pit",
     "partner_probability",
     "partner_radius",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyro_contrastive.diagnostics._intervals import Estimate
+from pyro_contrastive.diagnostics._opinion import opinion_text
 from pyro_contrastive.diagnostics.alignment import AlignmentScore, align_and_score, cosine_correlation, procrustes
 from pyro_contrastive.diagnostics.arviz_bridge import to_arviz
 from pyro_contrastive.diagnostics.calibration import (
@@ -15,6 +16,29 @@ from pyro_contrastive.diagnostics.calibration import (
     rank_pit,
     sbc_ranks,
     uniformity_pvalue,
+)
+from pyro_contrastive.diagnostics.checks import Check, verdict
+from pyro_contrastive.diagnostics.checks_fit import judge_batch, judge_training
+from pyro_contrastive.diagnostics.checks_latent import (
+    judge_concentration,
+    judge_dimensions,
+    judge_level,
+    judge_uniformity,
+)
+from pyro_contrastive.diagnostics.checks_pairs import (
+    judge_accuracy,
+    judge_corruption,
+    judge_khat,
+    judge_partner,
+    judge_partner_reliability,
+)
+from pyro_contrastive.diagnostics.checks_truth import (
+    judge_coverage,
+    judge_directions,
+    judge_pit,
+    judge_recovery,
+    judge_sbc,
+    judge_tarp,
 )
 from pyro_contrastive.diagnostics.comparison import Comparison, compare
 from pyro_contrastive.diagnostics.identifiability import Identifiability, identifiability, plot_identifiability
@@ -33,6 +57,7 @@ from pyro_contrastive.diagnostics.plots import (
 from pyro_contrastive.diagnostics.plots_retrieval import plot_credible_caps, plot_credible_sets, plot_risk_coverage
 from pyro_contrastive.diagnostics.predictive import PartnerCheck, Reliability, partner_check
 from pyro_contrastive.diagnostics.report import Picture, Section, image_report, sphere_report, write_html, write_summary
+from pyro_contrastive.diagnostics.report_pairs import pair_report
 from pyro_contrastive.diagnostics.representation import (
     Uniformity,
     accuracy_by_quartile,
@@ -57,6 +82,7 @@ from pyro_contrastive.diagnostics.retrieval_scores import (
 
 __all__ = [
     "AlignmentScore",
+    "Check",
     "ClassScores",
     "Comparison",
     "Coverage",
@@ -88,9 +114,28 @@ __all__ = [
     "direction_and_concentration",
     "identifiability",
     "image_report",
+    "judge_accuracy",
+    "judge_batch",
+    "judge_concentration",
+    "judge_corruption",
+    "judge_coverage",
+    "judge_dimensions",
+    "judge_directions",
+    "judge_khat",
+    "judge_level",
+    "judge_partner",
+    "judge_partner_reliability",
+    "judge_pit",
+    "judge_recovery",
+    "judge_sbc",
+    "judge_tarp",
+    "judge_training",
+    "judge_uniformity",
     "knn_accuracy",
     "knn_correct",
     "label_entropy",
+    "opinion_text",
+    "pair_report",
     "partner_check",
     "partner_pit",
     "partner_probability",
@@ -117,6 +162,7 @@ __all__ = [
     "sphere_report",
     "to_arviz",
     "uniformity_pvalue",
+    "verdict",
     "write_html",
     "write_summary",
 ]

@@ -66,6 +66,15 @@ _MEANING: dict[str, tuple[str, str]] = {
         "aggregate: p-value of uniformity",
         "small when not uniform; read the two effect sizes with it",
     ),
+    "partner_information": (
+        "nats per pair over guessing",
+        "log score of the partner among candidates, higher is better; never more than the log of their number",
+    ),
+    "partner_overconfidence": (
+        "over-confidence about the partner",
+        "in nats; 0 when stated probabilities are right, more is too sure",
+    ),
+    "knn_accuracy": ("5-NN accuracy", "half of the items against the other half; 1 is best"),
     "partner_accuracy": ("partner found among 256 pairs", "share of items whose most probable partner is right"),
 }
 

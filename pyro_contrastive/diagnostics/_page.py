@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
@@ -92,7 +93,7 @@ h3{font-size:1.05rem;margin:1.6rem 0 .5rem}
 a{color:inherit}
 :focus-visible{outline:3px solid #56B4E9;outline-offset:2px}
 .verdicts,.checks{list-style:none;margin:0;padding:0}
-.verdicts>li,.checks>li{display:grid;grid-template-columns:5.2rem minmax(0,1fr);gap:0 .9rem;padding:.7rem .9rem;
+.verdicts>li,.checks>li{display:grid;grid-template-columns:6.4rem minmax(0,1fr);gap:0 .9rem;padding:.7rem .9rem;
 margin:0 0 .5rem;background:var(--card);border-left:.35rem solid var(--rule);border-radius:4px;break-inside:avoid}
 .verdicts>li{font-size:1.08rem}
 .badge{font-weight:700;white-space:nowrap}
@@ -101,7 +102,9 @@ margin:0 0 .5rem;background:var(--card);border-left:.35rem solid var(--rule);bor
 .pass>.badge,.one-pass{color:var(--pass)}.skip>.badge,.one-skip{color:var(--skip)}
 li.fail{border-color:var(--fail)}li.warn{border-color:var(--warn)}
 li.pass{border-color:var(--pass)}li.skip{border-color:var(--skip)}
-.checks h4,.checks p,.verdicts p{margin:0;font-size:1rem}.checks p+p{margin-top:.25rem}
+@media(min-width:56rem){.checks>li>div{display:grid;grid-template-columns:minmax(0,5fr) minmax(0,6fr);gap:0 1.5rem}}
+code{font-size:.93em}
+.checks h4,.checks p,.verdicts p{margin:0;font-size:1rem}.verdicts p{font-size:inherit}.checks p+p{margin-top:.25rem}
 .value,.note,td.m,figcaption{color:var(--soft)}.value,.note{font-size:.92rem}
 .value span{display:block}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem}
@@ -200,11 +203,16 @@ def _line(line: Line) -> str:
             + "</span>"
             for seed, own, text in line.values
         )
-    remedy = f"<p><strong>Try:</strong> {escape(check.remedy)}</p>" if check.remedy else ""
+    remedy = f"<p><strong>Try:</strong> {_prose(check.remedy)}</p>" if check.remedy else ""
     return (
-        f'<li class="{check.status}">{_badge(check.status)}<div><h4>{escape(check.name)}</h4>'
-        f'<p class="value">{value}</p><p>{escape(check.meaning)}</p>{remedy}</div></li>'
+        f'<li class="{check.status}">{_badge(check.status)}<div><div><h4>{escape(check.name)}</h4>'
+        f'<p class="value">{value}</p></div><div><p>{_prose(check.meaning)}</p>{remedy}</div></div></li>'
     )
+
+
+def _prose(text: str) -> str:
+    """Escaped text with `code` between backticks marked as such."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
 
 
 def _pictures(group: Sequence[Section]) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-__all__ = ["FAMILY_LEVEL", "SYMBOLS", "Check", "Status", "grade", "verdict", "worst"]
+__all__ = ["FAMILY_LEVEL", "SYMBOLS", "Check", "Status", "grade", "percent", "pvalue_text", "verdict", "worst"]
 
 Status = Literal["fail", "warn", "skip", "pass"]  # the most serious first
 FAMILY_LEVEL = 0.01  # chance of any false alarm on a page, of the checks that test
@@ -89,6 +89,16 @@ def grade(
     if significant:
         return ("fail" if effect >= fail else "warn" if effect >= warn else "pass"), False
     return ("skip", True) if resolution > fail else ("pass", False)
+
+
+def percent(share: float) -> str:
+    """A share as text, "12 %"; with a decimal below ten percent."""
+    return f"{share * 100:.{0 if abs(share) >= 0.1 or share == 0 else 1}f} %"
+
+
+def pvalue_text(pvalue: float) -> str:
+    """A p-value as text, "p = 0.032" or "p < 1e-16"."""
+    return f"p = {pvalue:.2g}" if pvalue >= 1e-16 else "p < 1e-16"
 
 
 def worst(statuses: Iterable[Status]) -> Status:

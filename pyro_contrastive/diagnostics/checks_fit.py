@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pyro_contrastive.diagnostics._arrays import FloatArray
-from pyro_contrastive.diagnostics.checks import Check, grade
+from pyro_contrastive.diagnostics.checks import Check, grade, percent
 
 __all__ = ["judge_batch", "judge_training"]
 
@@ -43,7 +43,7 @@ def judge_training(history: Mapping[str, Sequence[float | None]]) -> Check:
     if bad:
         text = "The loss was not finite: the parameters may be those of before, or useless."
         return Check(name, "fail", f"{bad} of {len(loss)} rows not finite", text,
-                     "A smaller `lr`, clip_norm=1.0, or a larger assumed concentration of the pairs.")  # fmt: skip
+                     "A smaller `lr`, `clip_norm=1.0`, or a larger assumed concentration of the pairs.")  # fmt: skip
     if len(loss) < _ROWS:
         text = f"{len(loss)} rows do not show whether the loss has settled ({_ROWS} do); log more often."
         return Check(name, "skip", f"{len(loss)} rows", text)
@@ -58,13 +58,13 @@ def judge_training(history: Mapping[str, Sequence[float | None]]) -> Check:
         text = "The loss has not fallen: nothing was learned, or the start was not recorded."
         remedy = "A larger `lr`, more steps; check that row i of both views shows one thing."
         return Check(name, "fail", value, text, remedy)
-    value += f"; over the last eighth {fall / total:+.1%} of the fall"
+    value += f"; over the last eighth {percent(fall / total)} of the fall"
     status, _ = grade(fall / total, 0.02, 0.1, significant=fall > 3 * noise)
     if status in ("fail", "warn"):
         return Check(name, status, value, "The loss was still falling when training ended.",
                      "More steps (two to four times as many).")  # fmt: skip
     if -fall > 3 * noise and -fall >= 0.1 * total:
-        return Check(name, "warn", value, "The loss rose again at the end.", "A smaller `lr`, clip_norm=1.0.")
+        return Check(name, "warn", value, "The loss rose again at the end.", "A smaller `lr`, `clip_norm=1.0`.")
     return Check(name, "pass", value, "The loss fell and has settled.")
 
 

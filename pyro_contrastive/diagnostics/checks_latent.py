@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from pyro_contrastive.diagnostics._arrays import as_array, unit_vectors
-from pyro_contrastive.diagnostics.checks import TEST_LEVEL, Check, grade
+from pyro_contrastive.diagnostics.checks import TEST_LEVEL, Check, grade, percent, pvalue_text
 from pyro_contrastive.diagnostics.representation import aggregate_uniformity
 from pyro_contrastive.ops import bessel_ratio
 
@@ -51,7 +51,7 @@ def judge_uniformity(points: ArrayLike | torch.Tensor, *, assumed: bool = True, 
     effect = max(length, _LENGTH_WARN if ratio >= 1.25 * by_chance else 0.0)
     resolution = math.sqrt(stats.chi2.isf(level / 2, d) / (d * n))
     status, few = grade(effect, _LENGTH_WARN, _LENGTH_FAIL, significant=result.pvalue < level, resolution=resolution)
-    value = f"mean length {length:.2f}, largest eigenvalue ratio {ratio:.1f}, p = {result.pvalue:.2g}, {n:,} draws"
+    value = f"mean length {length:.2f}, largest eigenvalue ratio {ratio:.1f}, {pvalue_text(result.pvalue)}, {n:,} draws"
     if few:
         return Check("Uniform aggregate", "skip", value, f"{n} draws cannot show a departure; judge more items.")
     if status == "pass":
@@ -64,7 +64,9 @@ def judge_uniformity(points: ArrayLike | torch.Tensor, *, assumed: bool = True, 
         if status == "fail"
         else "the level of the widths is not to be relied on. Their order needs another check."
     )
-    remedy = 'Fit with models.MCInfoNCE(marginal="empirical") and batches of 256, and compare the order of the widths.'
+    remedy = (
+        'Fit with `models.MCInfoNCE(marginal="empirical")` and batches of 256, and compare the order of the widths.'
+    )
     return Check("Uniform aggregate", status, value, text, remedy)
 
 
@@ -108,8 +110,8 @@ def judge_dimensions(mean_direction: ArrayLike | torch.Tensor) -> Check:
     else:
         text = "The directions use part of the sphere only: a smaller sphere would hold them."
     remedy = (
-        "Centre the features before the heads, nn.BatchNorm1d(width, affine=False) as the encoder's last layer; more "
-        "steps; a larger batch. If few dimensions are all there is: a smaller `dim`."
+        "Centre the features before the heads, `nn.BatchNorm1d(width, affine=False)` as the encoder's last layer; more "
+        "steps; a larger batch. If the things differ in few ways only: a smaller `dim`."
     )
     return Check("Dimensions in use", status, value, text, remedy)
 
@@ -142,7 +144,7 @@ def judge_concentration(concentration: ArrayLike | torch.Tensor, dim: int) -> Ch
     name = "Range of the concentrations"
     if np.isnan(kappa).any():
         text = "Some concentrations are not numbers: the fit has diverged."
-        return Check(name, "fail", f"{int(np.isnan(kappa).sum())} NaN", text, "A smaller `lr`, or clip_norm=1.0.")
+        return Check(name, "fail", f"{int(np.isnan(kappa).sum())} NaN", text, "A smaller `lr`, or `clip_norm=1.0`.")
     if np.isinf(kappa).all():
         return Check(name, "skip", "infinite for all", "Point posteriors have no width. Use a guide that has one.")
     finite = torch.as_tensor(np.where(np.isinf(kappa), 1.0, kappa))
@@ -155,18 +157,18 @@ def judge_concentration(concentration: ArrayLike | torch.Tensor, dim: int) -> Ch
         text = "The posteriors have collapsed towards the uniform law: they say almost nothing about their views."
         remedy = (
             "Check that the two views of a pair belong together. Do not combine independent uniform priors with a "
-            "learned InfoNCE kernel: use models.RPM, or a stated pair concentration; a smaller pair concentration; "
+            "learned InfoNCE kernel: use `models.RPM`, or a stated pair concentration; a smaller pair concentration; "
             "more steps."
         )
         return Check(name, collapsed, value, text, remedy)
     if runaway != "pass":
         text = (
-            f"{np.mean(length > 0.999):.0%} of the posteriors are points for all purposes. Unless those views are free "
-            "of ambiguity, the concentrations ran away."
+            f"{percent(float(np.mean(length > 0.999)))} of the posteriors are points for all purposes. Unless those "
+            "views are free of ambiguity, the concentrations ran away."
         )
         remedy = (
-            "State a larger pair concentration, or math.inf: no finite width can make pairs agree better than the "
-            'stated one allows. evidence="exact" instead of a small K.'
+            "State a larger pair concentration, or `math.inf`: no finite width can make pairs agree better than the "
+            'stated one allows. `evidence="exact"` instead of a small K.'
         )
         return Check(name, runaway, value, text, remedy)
     if len(kappa) > 1 and np.all(np.isfinite(kappa)) and np.log(high) - np.log(max(low, 1e-300)) < 0.01:
@@ -197,6 +199,6 @@ def judge_level(pair_concentration: float | None, *, learned: bool = False) -> C
     value = f"rests on a pair concentration of {shown}, {'learned' if learned else 'stated'}"
     text = (
         "Pairs show the order of the widths; their level shifts with the pair concentration and fits as well. "
-        "diagnostics.identifiability shows over which range."
+        "`diagnostics.identifiability` shows over which range."
     )
     return Check(name, "skip", value, text)

@@ -11,12 +11,10 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
-from pyro_contrastive.diagnostics.checks import TEST_LEVEL, Check, grade
+from pyro_contrastive.diagnostics.checks import TEST_LEVEL, Check, grade, percent
 from pyro_contrastive.diagnostics.representation import accuracy_by_quartile, corruption_correlation
 
 __all__ = ["judge_accuracy", "judge_corruption", "judge_khat", "judge_partner", "judge_partner_reliability"]
-
-_REACH = 3.3  # standard errors of a two-sided interval of 99.9 %
 
 
 class _Partner(Protocol):
@@ -64,7 +62,7 @@ def judge_partner(check: _Partner, *, level: float = TEST_LEVEL) -> Check:
     reach = float(stats.t.isf(level, len(blocks) - 1) * blocks.std(ddof=1) / math.sqrt(len(blocks)))
     value = (
         f"{gain:.2f} nats per pair over guessing among {size} (at most {math.log(size):.2f}), "
-        f"right {check.accuracy:.0%} of the time"
+        f"right {percent(check.accuracy)} of the time"
     )
     name = "Partner among candidates"
     if gain - reach > 0.0:
@@ -99,7 +97,8 @@ def judge_partner_reliability(check: _Partner, *, level: float = TEST_LEVEL) -> 
     """
     name, blocks = "Partner probabilities", check.num_blocks
     excess, error = check.overconfidence, check.overconfidence_se
-    value = f"{excess:+.2f} nats over-confident, standard error {error:.2f}, {blocks} blocks of {check.num_candidates}"
+    side = "over" if excess > 0 else "under"
+    value = f"{abs(excess):.2f} ± {error:.2f} nats {side}-confident, {blocks} blocks of {check.num_candidates}"
     if blocks < 5:
         return Check(name, "skip", value, f"{blocks} blocks are too few for a standard error; judge more pairs.")
     critical = float(stats.t.isf(level / 2, blocks - 1)) * error
@@ -111,12 +110,12 @@ def judge_partner_reliability(check: _Partner, *, level: float = TEST_LEVEL) -> 
     if excess > 0:
         text = "The stated probabilities of the partner are too sure: widths and pair concentration together are off."
         remedy = (
-            'More training pairs or fewer steps (over-fitting); evidence="exact" instead of a small K; if the '
-            'aggregate is not uniform: models.MCInfoNCE(marginal="empirical").'
+            'More training pairs or fewer steps (over-fitting); `evidence="exact"` instead of a small K; if the '
+            'aggregate is not uniform: `models.MCInfoNCE(marginal="empirical")`.'
         )
     else:
         text = "The stated probabilities of the partner are too cautious: the pairs agree better than the model says."
-        remedy = 'More steps; a larger pair concentration; negatives="sum" instead of "mean".'
+        remedy = 'More steps; a larger pair concentration, if it is finite; `negatives="sum"` instead of `"mean"`.'
     return Check(name, status, value, text, remedy)
 
 
@@ -191,14 +190,14 @@ def judge_accuracy(
     quartiles = accuracy_by_quartile(kappa, hits)
     right, wrong = int(hits.sum()), int((~hits).sum())
     name = "Mistakes among the least sure"
-    value = f"right in {quartiles[0]:.0%} of the surest quarter, {quartiles[-1]:.0%} of the least sure"
+    value = f"right in {percent(quartiles[0])} of the surest quarter, {percent(quartiles[-1])} of the least sure"
     if np.all(kappa == kappa[0]):
         return Check(name, "skip", "one width for all", "Without a width that varies no item is surer than another.")
     if min(right, wrong) < 10:
         return Check(name, "skip", value, f"{right} right and {wrong} wrong items are too few to compare.")
     area = float(stats.mannwhitneyu(kappa[hits], kappa[~hits]).statistic) / (right * wrong)
     reach = float(stats.norm.isf(level / 2)) * math.sqrt((right + wrong + 1) / (12.0 * right * wrong))
-    value += f"; a right item is surer than a wrong one with probability {area:.2f}"
+    value += f"; P(right surer than wrong) = {area:.2f}"
     status, _ = grade(1.0 - (area + reach), 0.35, 0.45)
     if status == "pass":
         if area - reach <= 0.5 and reach > 0.15:
@@ -239,7 +238,7 @@ def judge_khat(khat: _KHat) -> Check:
         raise ValueError(f"`khat.khat` must be a vector with at least one item, got shape {values.shape}")
     share = float(np.mean(~(values <= khat.threshold)))
     status, _ = grade(share, 0.05, 0.25)
-    value = f"{share:.0%} of {len(values):,} items above {khat.threshold:.2f}"
+    value = f"{percent(share)} of {len(values):,} items above {khat.threshold:.2f}"
     if status == "pass":
         return Check("Guide against model (k-hat)", status, value, "The guide is close to the model's own posterior.")
     text = "For these items the guide is not the posterior of the model; weights of its draws are not reliable."

@@ -13,7 +13,7 @@ from scipy import stats
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
 from pyro_contrastive.diagnostics.alignment import spearman_correlation
 from pyro_contrastive.diagnostics.calibration import coverage, uniformity_pvalue
-from pyro_contrastive.diagnostics.checks import TEST_LEVEL, Check, Status, grade, worst
+from pyro_contrastive.diagnostics.checks import TEST_LEVEL, Check, Status, grade, percent, pvalue_text, worst
 
 __all__ = ["judge_coverage", "judge_directions", "judge_pit", "judge_recovery", "judge_sbc", "judge_tarp"]
 
@@ -22,19 +22,19 @@ __all__ = ["judge_coverage", "judge_directions", "judge_pit", "judge_recovery", 
 _GAP_WARN, _GAP_FAIL = 0.03, 0.10
 
 _OVER = (
-    "State a larger pair concentration, or math.inf if both views share one latent: one that is too small drives every "
-    'concentration up. Use evidence="exact" instead of a sampled one with a small K, which favours narrow posteriors. '
+    "State a larger pair concentration, or `math.inf` if both views share one latent: one that is too small drives "
+    'every concentration up. Use `evidence="exact"` instead of a small K, which favours narrow posteriors. '
     "Where the directions are off as well: more steps, more pairs."
 )
 _UNDER = (
-    "State a smaller pair concentration: one that is too large (math.inf above all) makes the posterior count the "
+    "State a smaller pair concentration: one that is too large (`math.inf` above all) makes the posterior count the "
     "scatter between the two latents as its own. Train longer if the loss still falls."
 )
 _SHAPE = "Change the family of the guide, and look at the PIT picture for where the caps miss."
 
 
 def _too_few(found: int, smallest: float) -> str:
-    return f"{found:,} items show gaps of {smallest:.0%} and more only; judge more items."
+    return f"{found:,} items show gaps of {percent(smallest)} and more only; judge more items."
 
 
 def _gap_text(over: bool) -> str:
@@ -103,7 +103,7 @@ def judge_pit(pit: ArrayLike, *, level: float = TEST_LEVEL) -> Check:
     distance = _distance(values)
     resolution = float(stats.kstwo.isf(level, len(values)))
     status, few = grade(distance, _GAP_WARN, _GAP_FAIL, significant=pvalue < level, resolution=resolution)
-    value = f"largest gap over all levels {distance:.1%}, p = {pvalue:.2g}"
+    value = f"largest gap over all levels {percent(distance)}, {pvalue_text(pvalue)}"
     return _gap_check("PIT uniformity", status, few, value, values.mean() > 0.5, (len(values), resolution))
 
 
@@ -184,7 +184,7 @@ def judge_tarp(tarp: _TARP, *, level: float = TEST_LEVEL) -> Check:
         The check.
     """
     status, _ = grade(abs(tarp.bias), _GAP_WARN, _GAP_FAIL, significant=tarp.pvalue < level)
-    value = f"bias of the expected coverage {tarp.bias:+.1%}, p = {tarp.pvalue:.2g}"
+    value = f"bias of the expected coverage {percent(tarp.bias)}, {pvalue_text(tarp.pvalue)}"
     if status in ("pass", "skip"):
         return Check("Expected coverage (TARP)", status, value, "No direction in which the posterior misses.")
     text = "Balls around random points do not hold their share of truths: a wrong direction, or a wrong width."
@@ -216,7 +216,7 @@ def judge_directions(cosine_correlation: float, mean_angle: float) -> Check:
     text = "The learned geometry is not that of the latents: a posterior with the right width would miss as well."
     remedy = (
         "More steps, a larger encoder, a larger batch. If the latents are not uniform: "
-        'models.MCInfoNCE(marginal="empirical").'
+        '`models.MCInfoNCE(marginal="empirical")`.'
     )
     return Check("Direction recovery", status, value, text, remedy)
 
@@ -267,13 +267,13 @@ def judge_recovery(estimate: ArrayLike | torch.Tensor, truth: ArrayLike | torch.
     if order_status in ("fail", "warn"):
         meaning.append("The widths do not rank the items as their true ambiguity does.")
         remedy.append(
-            'More steps and pairs; evidence="exact" instead of a small K. If the aggregate is not uniform: '
-            'models.MCInfoNCE(marginal="empirical").'
+            'More steps and pairs; `evidence="exact"` instead of a small K. If the aggregate is not uniform: '
+            '`models.MCInfoNCE(marginal="empirical")`.'
         )
     if level_status in ("fail", "warn"):
         meaning.append(f"The concentrations are too {'large' if factor > 1 else 'small'} as a whole.")
         remedy.append(
             "The level comes from the stated pair concentration: state a "
-            f"{'larger' if factor > 1 else 'smaller'} one (see diagnostics.identifiability)."
+            f"{'larger' if factor > 1 else 'smaller'} one (see `diagnostics.identifiability`)."
         )
     return Check("Concentration recovery", status, value, " ".join(meaning), " ".join(remedy))

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -100,46 +101,47 @@ PROBE = """<!doctype html><body>
 <iframe id="page" src="report.html" style="width:{width}px;height:900px;border:0"></iframe>
 <script>
 const frame = document.getElementById("page");
-frame.addEventListener("load", async () => {{
+frame.addEventListener("load", () => {{  // which waits for the pictures
   const page = frame.contentDocument, root = page.documentElement;
   for (const part of page.querySelectorAll("details")) part.open = true;
-  const images = [...page.images];
-  await Promise.all(images.map(image => image.decode().catch(() => null)));
   const wide = [...page.querySelectorAll("body *")]
-    .filter(part => !part.closest(".scroll") && part.getBoundingClientRect().right > {width} + 0.5)
-    .map(part => part.outerHTML.slice(0, 90));
-  const result = {{
-    width: root.clientWidth, scroll: root.scrollWidth, wide,
-    images: images.map(image => image.naturalWidth),
+    .filter(part => !part.closest(".scroll") && part.getBoundingClientRect().right > {width} + 0.5);
+  document.body.textContent = "FOUND" + JSON.stringify({{
+    width: root.clientWidth,
+    scroll: root.scrollWidth,
+    wide: wide.map(part => part.outerHTML.slice(0, 90)),
+    images: [...page.images].map(image => image.naturalWidth),
     background: getComputedStyle(page.body).backgroundColor,
-  }};
-  document.body.innerHTML = "<pre>" + JSON.stringify(result).replaceAll("<", "(") + "</pre>";
+  }});
 }});
 </script></body>
 """
 
 
-def browse(folder: Path, url: Path, *options: str) -> tuple[str, str]:
-    """The document after its scripts have run, and what the page wrote to the console."""
+def browse(folder: Path, width: int, *options: str) -> tuple[dict, str]:
+    """What the probe found in `folder/report.html` at a width in pixels, and what the page wrote to the console.
+
+    A frame has that width: the browser's own window does not get narrower than 500 pixels.
+    """
+    probe = folder / "probe.html"
+    probe.write_text(PROBE.format(width=width))
     command = [
         BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--enable-logging=stderr",
-        "--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000",
-        *options, "--dump-dom", url.as_uri(),
+        "--enable-logging=stderr", "--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", *options,
+        "--dump-dom", probe.as_uri(),
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout, "\n".join(line for line in result.stderr.splitlines() if "CONSOLE" in line)
+    found = re.search(r"FOUND(\{.*\})", result.stdout, re.DOTALL)
+    assert result.returncode == 0 and found, f"{result.stdout[-500:]}\n{result.stderr[-2000:]}"
+    console = "\n".join(line for line in result.stderr.splitlines() if "CONSOLE" in line)
+    return json.loads(unescape(found.group(1))), console
 
 
 @needs_browser
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, False), (400, True)])
 def test_in_a_browser(page, tmp_path, width, dark):
     shutil.copy(page, tmp_path / "report.html")
-    (tmp_path / "probe.html").write_text(PROBE.format(width=width))
-    options = ["--window-size=1400,1000", *(["--blink-settings=preferredColorScheme=0"] if dark else [])]
-    dom, console = browse(tmp_path, tmp_path / "probe.html", *options)
-    found = json.loads(re.search(r"<pre>(.*)</pre>", dom, re.DOTALL).group(1).replace("&quot;", '"'))
+    found, console = browse(tmp_path, width, *(["--blink-settings=preferredColorScheme=0"] if dark else []))
     assert found["width"] >= width - 20 and found["scroll"] <= found["width"], found
     assert found["wide"] == []
     assert len(found["images"]) == 4 and min(found["images"]) > 0
@@ -153,8 +155,6 @@ def test_the_probe_sees_what_is_wrong(page, tmp_path):
     faults = '<div style="width:900px">wide</div><img alt="" src="data:image/png;base64,xx"><img alt="" src="x.png">'
     head, body = page.read_text().split("<body>")
     (tmp_path / "report.html").write_text(f"{head}<body>{faults}{re.sub('<img[^>]*>', '', body)}")
-    (tmp_path / "probe.html").write_text(PROBE.format(width=400))
-    dom, console = browse(tmp_path, tmp_path / "probe.html", "--window-size=1400,1000")
-    found = json.loads(re.search(r"<pre>(.*)</pre>", dom, re.DOTALL).group(1).replace("&quot;", '"'))
+    found, console = browse(tmp_path, 400)
     assert found["scroll"] > found["width"] and len(found["wide"]) == 1
     assert found["images"] == [0, 0] and "Content Security Policy" in console and "x.png" in console

@@ -228,8 +228,9 @@ class _Program:
                     "(poutine.condition on model and guide)"
                 )
             mask = torch.from_numpy(where).to(value.device).view(-1, *[1] * site["fn"].event_dim)
+            other: Any = source.nodes[name]["value"]
             mixed.nodes[name] = site = mixed.nodes[name].copy()
-            site["value"] = torch.where(mask, source.nodes[name]["value"], value)
+            site["value"] = torch.where(mask, other, value)
         return mixed
 
     def _sum(self, trace: poutine.Trace, program: str) -> FloatArray:

@@ -126,10 +126,10 @@ def browse(folder: Path, width: int, *options: str) -> tuple[dict, str]:
     probe = folder / "probe.html"
     probe.write_text(PROBE.format(width=width))
     command = [
-        BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--enable-logging=stderr", "--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", *options,
-        "--dump-dom", probe.as_uri(),
-    ]  # fmt: skip
+        *(BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+        *("--enable-logging=stderr", "--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}"),
+        *("--window-size=1400,1000", *options, "--dump-dom", probe.as_uri()),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = re.search(r"FOUND(\{.*\})", result.stdout, re.DOTALL)
     assert result.returncode == 0 and found, f"{result.stdout[-500:]}\n{result.stderr[-2000:]}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,15 @@ from pyro_contrastive.diagnostics.alignment import spearman_correlation
 from pyro_contrastive.diagnostics.calibration import coverage, uniformity_pvalue
 from pyro_contrastive.diagnostics.checks import TEST_LEVEL, Check, Status, grade, percent, pvalue_text, worst
 
-__all__ = ["judge_coverage", "judge_directions", "judge_pit", "judge_recovery", "judge_sbc", "judge_tarp"]
+__all__ = [
+    "judge_coverage",
+    "judge_directions",
+    "judge_pit",
+    "judge_recovery",
+    "judge_sbc",
+    "judge_tarp",
+    "judge_variational_sbc",
+]
 
 # Shares of truths. At .10 an 80 % cap is wrong half as often again (30 instead of 20 %) or half as often; .03 is the
 # smallest gap that changes how a reader would round a stated probability to tens.
@@ -128,11 +136,22 @@ class _SBC(Protocol):
     def pvalues(self) -> Mapping[str, float]: ...
 
 
+class _VSBC(Protocol):
+    @property
+    def probabilities(self) -> Mapping[str, FloatArray]: ...
+
+    @property
+    def statistics(self) -> Mapping[str, float]: ...
+
+    @property
+    def pvalues(self) -> Mapping[str, float]: ...
+
+
 def judge_sbc(sbc: _SBC, *, level: float = TEST_LEVEL) -> Check:
     """Opinion on simulation-based calibration over several test quantities.
 
-    The effect is the largest Kolmogorov-Smirnov distance of the PIT values of a quantity. Fails at .10, warns at .03,
-    where the quantity's p-value times the number of quantities is below `level`.
+    The effect is the largest Kolmogorov-Smirnov distance of the PIT values of a quantity. Fails at 10 points, warns
+    at 3, where the quantity's p-value times the number of quantities is below `level`.
 
     Args:
         sbc: Result of `sbc`: `pit` (name to values (n_sim,)) and `pvalues` (name to p-value).
@@ -144,26 +163,65 @@ def judge_sbc(sbc: _SBC, *, level: float = TEST_LEVEL) -> Check:
     Raises:
         ValueError: If there is no quantity.
     """
-    if not sbc.pit:
-        raise ValueError("`sbc` must hold at least one quantity, got none; name one in `quantities`")
-    count = len(sbc.pit)
     distances = {name: _distance(np.asarray(values)) for name, values in sbc.pit.items()}
-    flagged = [name for name in distances if sbc.pvalues[name] * count < level]
+    sizes = [len(values) for values in sbc.pit.values()]
+    text = "Truths do not rank uniformly among posterior draws"
+    return _quantities_check("Simulation-based calibration", distances, sbc.pvalues, sizes, level, text)
+
+
+def judge_variational_sbc(sbc: _VSBC, *, level: float = TEST_LEVEL) -> Check:
+    """Opinion on variational simulation-based calibration (Yao et al. 2018), which sees shifted marginals.
+
+    The effect is half the distance between the distributions of p and 1 - p, the gap in coverage that it stands for.
+    Fails at 10 points, warns at 3, where the quantity's p-value times the number of quantities is below `level`.
+
+    Args:
+        sbc: Result of `variational_sbc`.
+        level: Significance level of the check.
+
+    Returns:
+        The check.
+
+    Raises:
+        ValueError: If there is no quantity.
+    """
+    distances = {name: value / 2 for name, value in sbc.statistics.items()}
+    sizes = [len(values) for values in sbc.probabilities.values()]
+    text = "The posterior is shifted to one side of the truth"
+    return _quantities_check("Variational SBC", distances, sbc.pvalues, sizes, level, text)
+
+
+def _quantities_check(
+    title: str,
+    distances: Mapping[str, float],
+    pvalues: Mapping[str, float],
+    sizes: Sequence[int],
+    level: float,
+    meaning: str,
+) -> Check:
+    if not distances:
+        raise ValueError("`sbc` must hold at least one quantity, got none; name one in `quantities`")
+    count, size = len(distances), min(sizes)
+    flagged = [name for name in distances if pvalues[name] * count < level]
     name = max(flagged or distances, key=distances.__getitem__)
-    size = len(np.asarray(sbc.pit[name]))
     resolution = float(stats.kstwo.isf(level / count, size))
     status, few = grade(distances[name], _GAP_WARN, _GAP_FAIL, significant=bool(flagged), resolution=resolution)
-    value = f"{count} quantities, {size:,} simulations; largest distance {distances[name]:.3f} ({name})"
+    value = f"{count} quantities, {size:,} simulations; largest gap {percent(distances[name])} ({name})"
     if few:
-        return Check("Simulation-based calibration", "skip", value, _too_few(size, resolution))
+        return Check(title, "skip", value, _too_few(size, resolution))
     if status == "pass":
-        text = "The truths rank among posterior draws as if they were draws themselves."
-        return Check("Simulation-based calibration", status, value, text)
-    text = f"Truths do not rank uniformly among posterior draws in: {', '.join(sorted(flagged))}."
-    return Check("Simulation-based calibration", status, value, text, f"{_SHAPE} {_OVER}")
+        return Check(title, status, value, "The truths rank among posterior draws as if they were draws themselves.")
+    text = f"{meaning}, in: {', '.join(sorted(flagged))}."
+    return Check(title, status, value, text, f"{_SHAPE} {_OVER}")
 
 
 class _TARP(Protocol):
+    @property
+    def levels(self) -> FloatArray: ...
+
+    @property
+    def expected_coverage(self) -> FloatArray: ...
+
     @property
     def pvalue(self) -> float: ...
 
@@ -174,22 +232,25 @@ class _TARP(Protocol):
 def judge_tarp(tarp: _TARP, *, level: float = TEST_LEVEL) -> Check:
     """Opinion on the expected coverage of balls around random references (TARP, Lemos et al. 2023).
 
-    Fails at a bias of 10 points, warns at 3, where its p-value is below `level`.
+    The effect is the largest distance of the curve from the diagonal. Fails at 10 points, warns at 3, where the p-value
+    is below `level`.
 
     Args:
-        tarp: Result of `tarp`: `bias` (signed, in shares) and `pvalue`.
+        tarp: Result of `tarp`.
         level: Significance level of the check.
 
     Returns:
         The check.
     """
-    status, _ = grade(abs(tarp.bias), _GAP_WARN, _GAP_FAIL, significant=tarp.pvalue < level)
-    value = f"bias of the expected coverage {percent(tarp.bias)}, {pvalue_text(tarp.pvalue)}"
-    if status in ("pass", "skip"):
-        return Check("Expected coverage (TARP)", status, value, "No direction in which the posterior misses.")
+    gap = float(np.max(np.abs(np.asarray(tarp.expected_coverage) - np.asarray(tarp.levels))))
+    status, _ = grade(gap, _GAP_WARN, _GAP_FAIL, significant=tarp.pvalue < level)
+    value = f"largest gap {percent(gap)}, bias {percent(tarp.bias)}, {pvalue_text(tarp.pvalue)}"
+    title = "Expected coverage (TARP)"
+    if status == "pass":
+        return Check(title, status, value, "Balls around random points hold their share of truths as well.")
     text = "Balls around random points do not hold their share of truths: a wrong direction, or a wrong width."
     remedy = f"If the caps cover and this does not, the mean directions are off: more steps, a larger encoder. {_SHAPE}"
-    return Check("Expected coverage (TARP)", status, value, text, remedy)
+    return Check(title, status, value, text, remedy)
 
 
 def judge_directions(cosine_correlation: float, mean_angle: float) -> Check:

@@ -43,22 +43,17 @@ def angle_to_mean(z: Tensor, posterior: Any) -> Tensor:
 
     Args:
         z: Unit vectors, shape (..., N, d).
-        posterior: Law with `mean_direction` or `mean`, batch shape (N,).
+        posterior: Law with `mean_direction` or `mean`, batch shape (N,). Where the mean is zero (the uniform law) the
+            first axis takes its place.
 
     Returns:
         Angles in radians, in [0, pi], shape (..., N).
-
-    Raises:
-        ValueError: If the posterior has no direction.
     """
     direction = getattr(posterior, "mean_direction", None)
     if direction is None:
-        direction = torch.nn.functional.normalize(posterior.mean, dim=-1)
-        if not torch.isfinite(direction).all() or not direction.any():
-            raise ValueError(
-                f"`angle_to_mean` needs a posterior with a mean direction, which {type(posterior).__name__} has not; "
-                "use other quantities, for instance log_density"
-            )
+        axis = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)[0]
+        mean = torch.where((posterior.mean == 0).all(-1, keepdim=True), axis, posterior.mean)
+        direction = torch.nn.functional.normalize(mean, dim=-1)
     return _angle(z, direction)
 
 

@@ -43,7 +43,13 @@ from pyro_contrastive.diagnostics.calibration import (
 )
 from pyro_contrastive.diagnostics.checks import FAMILY_LEVEL, Check
 from pyro_contrastive.diagnostics.checks_pairs import judge_accuracy, judge_corruption
-from pyro_contrastive.diagnostics.checks_truth import judge_coverage, judge_directions, judge_pit, judge_recovery
+from pyro_contrastive.diagnostics.checks_truth import (
+    judge_coverage,
+    judge_directions,
+    judge_pit,
+    judge_recovery,
+    judge_tarp,
+)
 from pyro_contrastive.diagnostics.representation import (
     accuracy_by_quartile,
     aggregate_uniformity,
@@ -51,11 +57,13 @@ from pyro_contrastive.diagnostics.representation import (
     knn_accuracy,
     knn_correct,
 )
+from pyro_contrastive.diagnostics.tarp import tarp
 from pyro_contrastive.ops import inverse_bessel_ratio
 
 __all__ = ["Picture", "Section", "World", "image_report", "sphere_report", "write_html", "write_summary"]
 
 _LEVELS = (0.5, 0.8, 0.95)
+_TARP_DRAWS = 199
 _CURVE = np.linspace(0.02, 0.98, 49)
 
 
@@ -129,7 +137,9 @@ def sphere_report(
         )
         chosen = torch.from_numpy(score.evaluated)
         aligned_truth = as_array(batch.z1).astype(np.float64)[score.evaluated] @ score.rotation.T
-        pit = cap_pit(guide.posterior(x1[chosen.to(device)]), aligned_truth, seed=seed)  # exact in every family
+        judged = guide.posterior(x1[chosen.to(device)])
+        pit = cap_pit(judged, aligned_truth, seed=seed)  # exact in every family
+        balls = tarp(judged, aligned_truth, num_draws=_TARP_DRAWS, num_bootstrap=1, seed=seed)
         figures = {
             "spearman_concentration": score.spearman_concentration,
             "concentration_error": score.concentration_error,
@@ -168,11 +178,12 @@ def sphere_report(
     album.finish(draws, history)
     views = (x1[:STORED_ITEMS], x2[:STORED_ITEMS])
     store(album.out, model, guide, views, seed=seed, progress=progress, sbc={"angle1": pit})
-    each = level / (2 + LATENT_TESTS)
+    each = level / (3 + LATENT_TESTS)
     found = [
         *checks,
         judge_coverage(pit, levels=_LEVELS, level=each),
         judge_pit(pit, level=each),
+        judge_tarp(balls, level=each),
         judge_recovery(kappa, batch.concentration1),
         judge_directions(score.cosine_correlation, score.mean_angle),
         *latent_checks(model, mean, kappa, draws, scores, each),

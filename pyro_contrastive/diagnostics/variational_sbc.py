@@ -61,8 +61,8 @@ def variational_sbc(
     these.
 
     The paper compares p with 1 - p by the two-sample Kolmogorov-Smirnov test, whose p-values take the two samples for
-    independent; they are mirror images, and the test rejects about one in ten symmetric samples at the 5 % level. The distance
-    here is the paper's; its p-value is exact (`asymmetry_pvalue`).
+    independent; they are mirror images, and the test rejects about one in ten symmetric samples at the 5 % level. The
+    distance here is the paper's; its p-value is exact (`asymmetry_pvalue`).
 
     Args:
         posterior: See `sbc`.

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
-from pyro_contrastive.diagnostics.checks import TEST_LEVEL, Check, grade, percent
+from pyro_contrastive.diagnostics.checks import TEST_LEVEL, Check, Status, grade, percent
 from pyro_contrastive.diagnostics.representation import accuracy_by_quartile, corruption_correlation
 
 __all__ = ["judge_accuracy", "judge_corruption", "judge_khat", "judge_partner", "judge_partner_reliability"]
@@ -45,15 +45,16 @@ class _Partner(Protocol):
 def judge_partner(check: _Partner, *, level: float = TEST_LEVEL) -> Check:
     """Opinion on whether the posterior finds the partner of a view among candidates better than by guessing.
 
-    The effect is the gain of the log score over guessing, in nats per pair, tested over blocks (one-sided t test; over
-    pairs where there is one block). Fails where the gain cannot be told from 0, warns below .1 nats.
+    The effect is the gain of the log score over guessing, in nats per pair, with its interval over blocks (Student's t;
+    over pairs where there is one block). Fails where it cannot be told from 0 and is surely below half a nat; warns
+    below .1 nats.
 
     Args:
         check: Result of `partner_check` on held-out pairs.
         level: Significance level of the check.
 
     Returns:
-        The check; "skip" where the blocks are too few to show a gain of a nat.
+        The check; "skip" where the interval holds both 0 and half a nat.
     """
     size = check.num_candidates
     scores = np.asarray(check.pair_log_score) + math.log(size)
@@ -70,8 +71,8 @@ def judge_partner(check: _Partner, *, level: float = TEST_LEVEL) -> Check:
         if status == "pass":
             return Check(name, status, value, "Posteriors of two views of one thing find each other.")
         text = "The views tell hardly anything about each other under these posteriors."
-    elif reach > 1.0:
-        return Check(name, "skip", value, f"{scores.size} pairs do not show a gain of a nat; judge more pairs.")
+    elif gain + reach > 0.5:
+        return Check(name, "skip", value, f"{scores.size} pairs do not show half a nat; judge more pairs.")
     else:
         status, text = "fail", "The posterior of one view does not find its partner better than guessing."
     remedy = (
@@ -119,13 +120,22 @@ def judge_partner_reliability(check: _Partner, *, level: float = TEST_LEVEL) -> 
     return Check(name, status, value, text, remedy)
 
 
+def _by_interval(lower: float, upper: float, *, nothing: float, little: float, enough: float) -> Status:
+    """Status of an effect that should be large, from its interval."""
+    if upper < little or (lower <= nothing and upper < enough):
+        return "fail"
+    if upper < enough:
+        return "warn"
+    return "skip" if lower <= nothing else "pass"
+
+
 def judge_corruption(
     concentration: ArrayLike | torch.Tensor, corruption: ArrayLike | torch.Tensor, *, level: float = TEST_LEVEL
 ) -> Check:
     """Opinion on whether the concentration falls with a corruption that was applied to the views.
 
-    Fails where the rank correlation with minus the corruption is below .2 (4 % of the variance of the ranks), warns
-    below .5 (25 %), each at the upper end of its interval (Fisher's z).
+    By the interval of the rank correlation with minus the corruption (Fisher's z): passes where it reaches above .5 (a
+    quarter of the variance of the ranks), warns where it ends below; fails where it also holds 0, or ends below .2.
 
     Args:
         concentration: Concentrations, shape (N,).
@@ -133,7 +143,7 @@ def judge_corruption(
         level: Significance level of the check.
 
     Returns:
-        The check; "skip" where either is constant or N is too small to tell .5 from 0.
+        The check; "skip" where either is constant or the interval holds both 0 and .5.
 
     Raises:
         ValueError: If the shapes differ or a value is NaN.
@@ -149,10 +159,10 @@ def judge_corruption(
         return Check(name, "skip", "constant", "One width for all views, or one corruption: nothing to compare.")
     reach = float(stats.norm.isf(level / 2)) / math.sqrt(max(size - 3, 1))
     z = math.atanh(float(np.clip(correlation, -1 + 1e-12, 1 - 1e-12)))
-    status, _ = grade(1.0 - math.tanh(z + reach), 0.5, 0.8)
+    status = _by_interval(math.tanh(z - reach), math.tanh(z + reach), nothing=0.0, little=0.2, enough=0.5)
+    if status == "skip":
+        return Check(name, status, value, "Too few views to tell; judge more.")
     if status == "pass":
-        if z - reach <= 0.0 and reach > math.atanh(0.5):
-            return Check(name, "skip", value, "Too few views to tell; judge more.")
         return Check(name, status, value, "Damaged views get wider posteriors, as they should.")
     text = "The width hardly follows the damage: it is about something else than how ambiguous a view is."
     remedy = (
@@ -167,9 +177,9 @@ def judge_accuracy(
 ) -> Check:
     """Opinion on whether mistakes gather among the least sure items.
 
-    The effect is the probability that a right item is surer than a wrong one (the area under the ROC curve; .5: the
-    width knows nothing of mistakes). Fails where it is below .55, warns below .65, each at the upper end of its
-    interval (the normal approximation of Mann & Whitney 1947).
+    By the interval of the probability that a right item is surer than a wrong one (the area under the ROC curve; normal
+    approximation of Mann & Whitney 1947): passes where it reaches above .65, warns where it ends below; fails where it
+    also holds .5, the area of a width that knows nothing of mistakes, or ends below .55.
 
     Args:
         concentration: Concentrations, shape (N,); infinity is legal.
@@ -177,7 +187,7 @@ def judge_accuracy(
         level: Significance level of the check.
 
     Returns:
-        The check; "skip" for one width, or fewer than ten right or wrong items.
+        The check; "skip" for one width, fewer than ten right or wrong items, or an interval with both .5 and .65.
 
     Raises:
         ValueError: If the shapes differ, a concentration is NaN, or there are fewer than four items.
@@ -198,10 +208,10 @@ def judge_accuracy(
     area = float(stats.mannwhitneyu(kappa[hits], kappa[~hits]).statistic) / (right * wrong)
     reach = float(stats.norm.isf(level / 2)) * math.sqrt((right + wrong + 1) / (12.0 * right * wrong))
     value += f"; P(right surer than wrong) = {area:.2f}"
-    status, _ = grade(1.0 - (area + reach), 0.35, 0.45)
+    status = _by_interval(area - reach, area + reach, nothing=0.5, little=0.55, enough=0.65)
+    if status == "skip":
+        return Check(name, status, value, "Too few mistakes to tell; judge more items.")
     if status == "pass":
-        if area - reach <= 0.5 and reach > 0.15:
-            return Check(name, "skip", value, "Too few mistakes to tell; judge more items.")
         return Check(name, status, value, "Where the posterior is sure, it is right more often.")
     text = "The width does not know where the mistakes are: do not use it to reject or to rank items."
     remedy = (

@@ -308,7 +308,7 @@ def judge_recovery(estimate: ArrayLike | torch.Tensor, truth: ArrayLike | torch.
     if kappa.shape != true.shape or kappa.ndim != 1 or len(kappa) < 10:
         raise ValueError(f"both must be (N,) with N >= 10, got {kappa.shape} and {true.shape}; judge more items")
     order = spearman_correlation(kappa, true)
-    if np.isnan(order) and np.ptp(true) > 0:  # one width for items that differ: no order at all
+    if np.isnan(order) and np.any(true != true[0]):  # one width for items that differ: no order at all
         order = 0.0
     reach = 3.3 / np.sqrt(len(kappa) - 3)
     upper = float(np.tanh(np.arctanh(min(order, 1 - 1e-12)) + reach)) if np.isfinite(order) else float("nan")

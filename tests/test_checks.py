@@ -201,7 +201,19 @@ def test_dimensions():
     assert dg.judge_dimensions(unit[1]).value.startswith("6.0 of 32 dimensions")
 
 
-def test_the_level_is_never_judged():
+def test_the_level_is_an_assumption_unless_it_is_too_small():
+    batch = WORLD.sample(256, seed=0)
+    exact = [WORLD.posterior(batch, view) for view in (1, 2)]
+    profile = dg.identifiability(*exact, 20.0, grid=[40.0, math.inf], batch_size=128)
+    check = dg.judge_level(20.0, profile=profile)
+    assert check.status == "skip" and "20 to infinity" in check.value and "assumption" in check.meaning
+    ran_away = [VonMisesFisher(law.mean_direction, 1e3 * law.concentration) for law in exact]
+    profile = dg.identifiability(*ran_away, 5.0, grid=[40.0], batch_size=128)
+    check = dg.judge_level(5.0, profile=profile)
+    assert check.status == "warn" and "too small" in check.meaning and "larger" in check.remedy
+
+
+def test_the_level_without_a_profile():
     for check in (dg.judge_level(20.0), dg.judge_level(math.inf), dg.judge_level(None)):
         assert check.status == "skip"
     assert "learned" in dg.judge_level(12.0, learned=True).value and "shared latent" in dg.judge_level(math.inf).value

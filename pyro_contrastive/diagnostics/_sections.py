@@ -25,8 +25,10 @@ from pyro_contrastive.diagnostics.checks_latent import (
     judge_uniformity,
 )
 from pyro_contrastive.diagnostics.checks_pairs import judge_partner, judge_partner_reliability
+from pyro_contrastive.diagnostics.identifiability import Identifiability, identifiability, plot_identifiability
 from pyro_contrastive.diagnostics.predictive import PartnerCheck, partner_check
 from pyro_contrastive.diagnostics.representation import aggregate_uniformity
+from pyro_contrastive.distributions import VonMisesFisher
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +42,7 @@ __all__ = [
     "embed",
     "fit_checks",
     "latent_checks",
+    "level_profile",
     "pair_concentration",
     "partner_figures",
     "partner_scores",
@@ -49,6 +52,7 @@ __all__ = [
 STORED_ITEMS = 256  # items in posterior.nc and in the search for partners
 LATENT_TESTS = 3  # of `latent_checks`: uniformity, partner, stated probabilities
 _STORED_DRAWS = 100
+_PROFILED = 512  # pairs behind the profile of the pair concentration
 _CHUNK = 2048  # views that one pass of the encoder sees
 _BLOCKS = 16  # of candidates, at least, for a standard error
 
@@ -75,7 +79,9 @@ class Album:
             shown += f": {axes.get_ylabel()} against {axes.get_xlabel()}"
         self.pictures.append(Picture(path, caption, shown))
 
-    def finish(self, draws: FloatArray, history: Mapping[str, Sequence[float]] | None) -> None:
+    def finish(
+        self, draws: FloatArray, profile: Identifiability | None, history: Mapping[str, Sequence[float]] | None
+    ) -> None:
         """Add the pictures that every report ends with."""
         self.add(
             "aggregate",
@@ -83,6 +89,13 @@ class Album:
             "One posterior draw per item. All axes on the dashed curve: the latent space is used uniformly, as the "
             "identification of the posterior assumes. A gap says along which kind of axis it is not.",
         )
+        if profile is not None:
+            self.add(
+                "identifiability",
+                plot_identifiability(profile),
+                "Held-out evidence for other pair concentrations. Where the curve with moved widths is flat, the data "
+                "do not tell those values apart, and the level of the concentrations is an assumption.",
+            )
         if history:
             self.add("history", plots.plot_history(history), "The loss during training, with its running median.")
 
@@ -162,8 +175,28 @@ def partner_figures(model: Any, views: tuple[Tensor, ...], scores: PartnerCheck 
     return figures
 
 
+def level_profile(model: Any, guide: Any, views: tuple[Tensor, ...]) -> Identifiability | None:
+    """Held-out evidence over the pair concentration; None where the model has not the evidence that it profiles."""
+    stated = pair_concentration(model)
+    if stated is None or getattr(model, "evidence", None) not in ("exact", "moment_matched") or len(views) != 2:
+        return None
+    laws = [guide.posterior(view[:_PROFILED]) for view in views]
+    size = min(256, len(views[0]) // 2)
+    usable = all(isinstance(law, VonMisesFisher) and bool(torch.isfinite(law.concentration).all()) for law in laws)
+    if not usable or size < 16:
+        return None
+    marginal: Any = getattr(model, "marginal", "uniform")
+    return identifiability(laws[0], laws[1], stated, batch_size=size, marginal=marginal)
+
+
 def latent_checks(
-    model: Any, mean: FloatArray, kappa: FloatArray, draws: FloatArray, scores: PartnerCheck | None, level: float
+    model: Any,
+    mean: FloatArray,
+    kappa: FloatArray,
+    draws: FloatArray,
+    scores: PartnerCheck | None,
+    profile: Identifiability | None,
+    level: float,
 ) -> list[Check]:
     """Checks that any pair gets, whatever is known about its views.
 
@@ -173,6 +206,7 @@ def latent_checks(
         kappa: Concentrations, shape (N,).
         draws: One draw per item, shape (N, d).
         scores: Of the partner, where the model has logits.
+        profile: Of the pair concentration, where the model has one.
         level: Significance level of each of the `LATENT_TESTS` tests.
     """
     own = [name for name, _ in getattr(model, "named_parameters", list)() if not name.startswith("guide.")]
@@ -188,7 +222,7 @@ def latent_checks(
         judge_concentration(kappa, mean.shape[-1]),
         judge_uniformity(draws, assumed=assumed, level=level),
         judge_dimensions(mean),
-        judge_level(pair_concentration(model), learned=learned),
+        judge_level(pair_concentration(model), learned=learned, profile=profile),
     ]
 
 

@@ -11,6 +11,7 @@ from scipy import stats
 
 from pyro_contrastive.diagnostics._arrays import as_array, unit_vectors
 from pyro_contrastive.diagnostics.checks import TEST_LEVEL, Check, grade, percent, pvalue_text
+from pyro_contrastive.diagnostics.identifiability import Identifiability
 from pyro_contrastive.diagnostics.representation import aggregate_uniformity
 from pyro_contrastive.ops import bessel_ratio
 
@@ -177,15 +178,21 @@ def judge_concentration(concentration: ArrayLike | torch.Tensor, dim: int) -> Ch
     return Check(name, "pass", value, "Neither uniform, nor points, nor one width for all.")
 
 
-def judge_level(pair_concentration: float | None, *, learned: bool = False) -> Check:
-    """The standing note on the level of the concentrations, which rests on an assumption and on no check.
+def judge_level(
+    pair_concentration: float | None, *, learned: bool = False, profile: Identifiability | None = None
+) -> Check:
+    """The standing note on the level of the concentrations, which rests on an assumption.
+
+    No number of pairs refutes a pair concentration that is too large; one that is too small warns, where the profile
+    says so (`Identifiability.too_small`).
 
     Args:
         pair_concentration: The concentration of the pair that the model assumes or learned; None where it has none.
         learned: Whether it was learned.
+        profile: Result of `identifiability` on held-out pairs, to say over which range other values do as well.
 
     Returns:
-        The check, always "skip".
+        The check, "skip" or "warn".
 
     Example:
         >>> judge_level(20.0).value
@@ -195,10 +202,28 @@ def judge_level(pair_concentration: float | None, *, learned: bool = False) -> C
     if pair_concentration is None:
         text = "The model states no pair concentration: what fixes the level of the widths is for you to say."
         return Check(name, "skip", "not known", text)
-    shown = "infinity (one shared latent)" if math.isinf(pair_concentration) else f"{pair_concentration:.3g}"
-    value = f"rests on a pair concentration of {shown}, {'learned' if learned else 'stated'}"
+    value = f"rests on a pair concentration of {_named(pair_concentration)}, {'learned' if learned else 'stated'}"
+    if profile is None:
+        text = (
+            "Pairs show the order of the widths; their level shifts with the pair concentration and fits as well. "
+            "`diagnostics.identifiability` shows over which range."
+        )
+        return Check(name, "skip", value, text)
+    low, high = profile.plausible
+    inside = profile.level[(profile.pair_concentration >= low) & (profile.pair_concentration <= high)]
+    value += f"; from {_named(low)} to {_named(high)} held-out pairs are explained as well"
+    if profile.too_small:
+        text = (
+            f"Only {percent(profile.posterior_share)} of the spread of the pairs is left for the posteriors: the pair "
+            "concentration is probably too small, and the widths ran towards zero."
+        )
+        return Check(name, "warn", value, text, "State a larger pair concentration, or `math.inf`.")
     text = (
-        "Pairs show the order of the widths; their level shifts with the pair concentration and fits as well. "
-        "`diagnostics.identifiability` shows over which range."
+        f"Pairs show the order of the widths. Their level is an assumption: the median concentration would be "
+        f"{inside.max():.3g} to {inside.min():.3g} over that range. Only knowledge of the pairs can decide."
     )
     return Check(name, "skip", value, text)
+
+
+def _named(concentration: float) -> str:
+    return "infinity (one shared latent)" if math.isinf(concentration) else f"{concentration:.3g}"

@@ -28,6 +28,7 @@ from pyro_contrastive.diagnostics._sections import (
     embed,
     fit_checks,
     latent_checks,
+    level_profile,
     pair_concentration,
     partner_figures,
     partner_scores,
@@ -158,6 +159,7 @@ def sphere_report(
         )
         scores = partner_scores(model, guide, (x1, x2), seed=seed)
         figures |= partner_figures(model, (x1, x2), scores)
+        profile = level_profile(model, guide, (x1, x2))
     curves = {"learned posterior": coverage(pit, _CURVE), "exact posterior": coverage(exact_pit, _CURVE)}
     album.add(
         "coverage",
@@ -175,7 +177,7 @@ def sphere_report(
         plots.plot_concentration_recovery(batch.concentration1, kappa),
         "Each point is an item. On the line the learned concentration equals that of the exact posterior.",
     )
-    album.finish(draws, history)
+    album.finish(draws, profile, history)
     views = (x1[:STORED_ITEMS], x2[:STORED_ITEMS])
     store(album.out, model, guide, views, seed=seed, progress=progress, sbc={"angle1": pit})
     each = level / (3 + LATENT_TESTS)
@@ -186,7 +188,7 @@ def sphere_report(
         judge_tarp(balls, level=each),
         judge_recovery(kappa, batch.concentration1),
         judge_directions(score.cosine_correlation, score.mean_angle),
-        *latent_checks(model, mean, kappa, draws, scores, each),
+        *latent_checks(model, mean, kappa, draws, scores, profile, each),
         *fit_checks(history, batch_size, mean.shape[-1], scores),
     ]
     return Section(
@@ -259,6 +261,7 @@ def image_report(
         views = (damaged[:STORED_ITEMS].to(device), twin[:STORED_ITEMS].to(device))
         scores = partner_scores(model, guide, (damaged.to(device), twin.to(device)), seed=seed)
         partner = partner_figures(model, views, scores)
+        profile = level_profile(model, guide, (damaged.to(device), twin.to(device)))
     correct = knn_correct(reference, train_labels, mean, labels)
     varied = bool(np.any(kappa != kappa[0]))
     quartiles = accuracy_by_quartile(kappa, correct) if varied else np.full(4, np.nan)
@@ -287,14 +290,14 @@ def image_report(
             "Damaged images in four groups by concentration. Falling bars: where the posterior is sure, it is right.",
         )
         _neighbour_pictures(album, damaged, labels, train_images, train_labels, mean, reference, kappa)
-    album.finish(draws, history)
+    album.finish(draws, profile, history)
     store(album.out, model, guide, views, seed=seed, progress=progress)
     each = level / (2 + LATENT_TESTS)
     found = [
         *checks,
         judge_corruption(kappa, level_of_damage, level=each),
         judge_accuracy(kappa, correct, level=each),
-        *latent_checks(model, mean, kappa, draws, scores, each),
+        *latent_checks(model, mean, kappa, draws, scores, profile, each),
         *fit_checks(history, batch_size, mean.shape[-1], scores),
     ]
     return Section(

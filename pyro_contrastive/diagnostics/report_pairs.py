@@ -23,6 +23,7 @@ from pyro_contrastive.diagnostics._sections import (
     embed,
     fit_checks,
     latent_checks,
+    level_profile,
     partner_figures,
     partner_scores,
     store,
@@ -104,6 +105,7 @@ def pair_report(
         placed = tuple(view.to(device) for view in views)
         mean, kappa, draws = embed(guide, placed[0], device, seed)
         scores = partner_scores(model, guide, placed, seed=seed)
+        profile = level_profile(model, guide, placed)
         figures = concentration_figures(kappa) | aggregate_figures(draws) | partner_figures(model, placed, scores)
     each = level / (LATENT_TESTS + (targets is not None))
     found = list(checks)
@@ -127,9 +129,9 @@ def pair_report(
             plots.plot_accuracy_by_quartile(quartiles),
             "Items in four groups by concentration. Falling bars: where the posterior is sure, it is right.",
         )
-    found += latent_checks(model, mean, kappa, draws, scores, each)
+    found += latent_checks(model, mean, kappa, draws, scores, profile, each)
     found += fit_checks(history, batch_size, mean.shape[-1], scores)
-    album.finish(draws, history)
+    album.finish(draws, profile, history)
     store(album.out, model, guide, tuple(view[:STORED_ITEMS] for view in placed), seed=seed, progress=progress)
     return Section(
         title=title or f"Held-out pairs, seed {seed}",

@@ -93,17 +93,17 @@ h3{font-size:1.05rem;margin:1.6rem 0 .5rem}
 a{color:inherit}
 :focus-visible{outline:3px solid #56B4E9;outline-offset:2px}
 .verdicts,.checks{list-style:none;margin:0;padding:0}
-.verdicts>li,.checks>li{display:grid;grid-template-columns:6.4rem minmax(0,1fr);gap:0 .9rem;padding:.7rem .9rem;
+.verdicts>li,.checks>li{display:grid;grid-template-columns:7.2rem minmax(0,1fr);gap:0 .9rem;padding:.7rem .9rem;
 margin:0 0 .5rem;background:var(--card);border-left:.35rem solid var(--rule);border-radius:4px;break-inside:avoid}
 .verdicts>li{font-size:1.08rem}
 .badge{font-weight:700;white-space:nowrap}
-.badge i{display:inline-block;width:1.3em;font-style:normal;text-align:center}
+.badge i{display:inline-block;width:1.2em;font-style:normal}
 .fail>.badge,.one-fail{color:var(--fail)}.warn>.badge,.one-warn{color:var(--warn)}
 .pass>.badge,.one-pass{color:var(--pass)}.skip>.badge,.one-skip{color:var(--skip)}
 li.fail{border-color:var(--fail)}li.warn{border-color:var(--warn)}
 li.pass{border-color:var(--pass)}li.skip{border-color:var(--skip)}
-@media(min-width:56rem){.checks>li>div{display:grid;grid-template-columns:minmax(0,5fr) minmax(0,6fr);gap:0 1.5rem}}
-code{font-size:.93em}
+@media(min-width:56rem){.checks>li>div{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:0 1.5rem}}
+.checks>li>div>div+div{margin-top:.25rem}code{font-size:.93em}
 .checks h4,.checks p,.verdicts p{margin:0;font-size:1rem}.verdicts p{font-size:inherit}.checks p+p{margin-top:.25rem}
 .value,.note,td.m,figcaption{color:var(--soft)}.value,.note{font-size:.92rem}
 .value span{display:block}
@@ -181,8 +181,8 @@ def _verdicts(groups: Sequence[Sequence[Section]]) -> str:
         link = f'<a href="#{_identity(group)}">{escape(group_title(group))}</a>'
         items.append(f'<li class="{status}">{_badge(status)}<p>{link}. {escape(sentence)}</p></li>')
     note = (
-        "A check fails or warns where an effect matters <em>and</em> is not chance; the tests of each part raise any "
-        f"false alarm with a probability of at most {FAMILY_LEVEL:.0%}. No check proves that a posterior is right."
+        "A check fails or warns where an effect matters <em>and</em> is not chance. The tests of each part raise a false "
+        f"alarm with a probability of at most {FAMILY_LEVEL * 100:g} %. No check proves that a posterior is right."
     )
     return f'<ul class="verdicts">{"".join(items)}</ul><p class="note">{note}</p>'
 

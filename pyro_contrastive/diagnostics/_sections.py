@@ -96,8 +96,12 @@ class Album:
                 "Held-out evidence for other pair concentrations. Where the curve with moved widths is flat, the data "
                 "do not tell those values apart, and the level of the concentrations is an assumption.",
             )
-        if history:
-            self.add("history", plots.plot_history(history), "The loss during training, with its running median.")
+        if history and "loss" in history:
+            curve = {name: column for name, column in history.items() if name in ("step", "loss")}
+            finite = {name: [np.nan if value is None else value for value in column] for name, column in curve.items()}
+            self.add(
+                "history", plots.plot_history(finite), "The loss during training. A long one: with its running median."
+            )
 
 
 def embed(guide: Any, views: Tensor, device: torch.device, seed: int) -> tuple[FloatArray, FloatArray, FloatArray]:

@@ -196,13 +196,13 @@ def judge_level(
 
     Example:
         >>> judge_level(20.0).value
-        'rests on a pair concentration of 20, stated'
+        'stated pair concentration 20'
     """
     name = "Level of the concentrations"
     if pair_concentration is None:
         text = "The model states no pair concentration: what fixes the level of the widths is for you to say."
         return Check(name, "skip", "not known", text)
-    value = f"rests on a pair concentration of {_named(pair_concentration)}, {'learned' if learned else 'stated'}"
+    value = f"{'learned' if learned else 'stated'} pair concentration {_named(pair_concentration)}"
     if profile is None:
         text = (
             "Pairs show the order of the widths; their level shifts with the pair concentration and fits as well. "
@@ -211,7 +211,7 @@ def judge_level(
         return Check(name, "skip", value, text)
     low, high = profile.plausible
     inside = profile.level[(profile.pair_concentration >= low) & (profile.pair_concentration <= high)]
-    value += f"; from {_named(low)} to {_named(high)} held-out pairs are explained as well"
+    value += f"; held-out pairs fit {low:.3g} to {high:.3g} as well".replace("inf", "infinity")
     if profile.too_small:
         text = (
             f"Only {percent(profile.posterior_share)} of the spread of the pairs is left for the posteriors: the pair "
@@ -226,4 +226,4 @@ def judge_level(
 
 
 def _named(concentration: float) -> str:
-    return "infinity (one shared latent)" if math.isinf(concentration) else f"{concentration:.3g}"
+    return "infinite (one shared latent)" if math.isinf(concentration) else f"{concentration:.3g}"

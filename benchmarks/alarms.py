@@ -3,8 +3,8 @@
     python -m benchmarks.alarms [--items 1000] [--draws 499] [--runs 20] [--out FILE]
 
 Data come from `data.SphereWorld`, whose exact posterior is known; each case judges another law made out of it. The row
-"right" measures the rate of false alarms, which should be .01, on five times as many runs. In place of an alarm, the last
-column has the mean share of items whose Pareto k-hat against the exact posterior is above .7. All seeds are fixed.
+"right" measures the rate of false alarms, which should be .01, on five times as many runs. In place of an alarm,
+the last column has the mean share of items whose Pareto k-hat against the exact posterior is above .7.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import nn
 
 from pyro_contrastive import distributions as dist
 from pyro_contrastive.data import SphereWorld
+from pyro_contrastive.diagnostics import _draws as pieces
 from pyro_contrastive.diagnostics import (
     adjusted_pvalues,
     angle_to_mean,
@@ -26,7 +27,6 @@ from pyro_contrastive.diagnostics import (
     simulator,
     variational_sbc,
 )
-from pyro_contrastive.diagnostics import _draws as pieces
 from pyro_contrastive.diagnostics.variational_sbc import _asymmetry
 from pyro_contrastive.guides import VonMisesFisher
 from pyro_contrastive.ops.random import seeded

@@ -44,7 +44,7 @@ def test_weights_without_a_tail():
     zeros = np.random.default_rng(0).normal(size=200)
     zeros[:30] = -np.inf
     assert np.isfinite(psis_khat(zeros))
-    assert np.isfinite(psis_khat(np.random.default_rng(0).normal(size=25)))
+    assert np.isfinite(psis_khat(np.random.default_rng(0).normal(size=30)))
 
 
 # --- guides -----------------------------------------------------------------------------------------------------------
@@ -181,12 +181,12 @@ def test_global_latents_are_refused_by_name():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: psis_khat(np.zeros(24)), r"S >= 25 draws.*got \(24,\)"),
+        (lambda: psis_khat(np.zeros(29)), r"S >= 30 draws.*got \(29,\)"),
         (lambda: psis_khat(np.zeros((30, 2, 2))), "must be"),
-        (lambda: psis_khat(np.full(30, np.nan)), "NaN or plus infinity"),
+        (lambda: psis_khat(np.full(40, np.nan)), "NaN or plus infinity"),
         (lambda: psis_khat(np.r_[np.zeros(30), np.inf]), "NaN or plus infinity"),
         (lambda: psis_khat(np.full(30, -np.inf)), "a weight above zero"),
-        (lambda: guide_khat(*pair(1.0), VIEWS, num_draws=10), "`num_draws` must be >= 25"),
+        (lambda: guide_khat(*pair(1.0), VIEWS, num_draws=29), "`num_draws` must be >= 30"),
         (lambda: guide_khat(*pair(1.0), VIEWS, rest="drop"), '"refuse" or "condition"'),
         (lambda: guide_khat(*pair(1.0), VIEWS, items=[6]), r"`items` must be indices in 0..5"),
         (lambda: guide_khat(pair(1.0)[0], lambda x: None, VIEWS), "at least one latent sample site"),

@@ -21,7 +21,7 @@ from pyro_contrastive.diagnostics.arviz_bridge import _latents
 
 __all__ = ["KHat", "guide_khat", "psis_khat"]
 
-_FEWEST = 25  # draws: a tail of five
+_FEWEST = 30  # draws: a tail of six, the fewest that both lines fit
 _GOOD, _USABLE = 0.5, 0.7
 
 
@@ -61,7 +61,7 @@ def psis_khat(log_weights: ArrayLike | Tensor) -> FloatArray:
     minus them. Here it is the log weights on both, and a large value is bad on both.
 
     Args:
-        log_weights: log p - log q of S >= 25 draws from q, up to a constant, shape (S,) or (S, N). Minus infinity is a
+        log_weights: log p - log q of S >= 30 draws from q, up to a constant, shape (S,) or (S, N). Minus infinity is a
             weight of zero.
 
     Returns:
@@ -138,7 +138,7 @@ def guide_khat(
         model: Pyro program or module, called as `model(*views)`.
         guide: Pyro program or module with the same arguments.
         views: The arguments, tensors with the N items in the leading dimension.
-        num_draws: S >= 25.
+        num_draws: S >= 30.
         rest: What to do where items are coupled: "refuse" with an error, or "condition": hold the latents of the others
             at one draw of the guide, whose own latents then are judged against :math:`p(z_i \mid z_{-i}, x)`. Costs one
             run of the model per draw *and item*.

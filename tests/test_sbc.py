@@ -156,7 +156,7 @@ def test_a_posterior_that_is_fitted_anew_for_every_data_set():
         assert len(x) == 1
         with torch.enable_grad():
             loc, log_scale = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
-            optimiser = torch.optim.LBFGS([loc, log_scale], max_iter=30)
+            optimiser = torch.optim.LBFGS([loc, log_scale], max_iter=12)
 
             def loss():  # the exact negative ELBO of z ~ N(0, 1), x_k ~ N(z, 1), q = N(loc, scale)
                 optimiser.zero_grad()
@@ -168,7 +168,7 @@ def test_a_posterior_that_is_fitted_anew_for_every_data_set():
             optimiser.step(loss)
         return pyro_dist.Normal(loc.detach()[None], log_scale.detach().exp()[None]).to_event(1)
 
-    result = variational_sbc(fit, simulate_normal, num_simulations=150, num_draws=99, batch_size=1)
+    result = variational_sbc(fit, simulate_normal, num_simulations=60, num_draws=99, batch_size=1)
     assert result.pvalues["axis0"] > 1e-4  # false-alarm rate 1e-4 (fixed seed)
     assert stats.kstest(result.probabilities["axis0"], "uniform").pvalue > 1e-4  # the same
 

@@ -6,6 +6,7 @@ from pyro_contrastive.diagnostics._intervals import Estimate
 from pyro_contrastive.diagnostics._opinion import opinion_text
 from pyro_contrastive.diagnostics.alignment import AlignmentScore, align_and_score, cosine_correlation, procrustes
 from pyro_contrastive.diagnostics.arviz_bridge import to_arviz
+from pyro_contrastive.diagnostics.bands import PITBand, pit_band
 from pyro_contrastive.diagnostics.calibration import (
     Coverage,
     cap_pit,
@@ -105,6 +106,7 @@ __all__ = [
     "Estimate",
     "Identifiability",
     "KHat",
+    "PITBand",
     "PartnerCheck",
     "Picture",
     "RankingScores",
@@ -174,6 +176,7 @@ __all__ = [
     "partner_probability",
     "partner_radius",
     "partner_sets",
+    "pit_band",
     "plot_accuracy_by_quartile",
     "plot_aggregate",
     "plot_concentration_recovery",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,7 +14,6 @@ from pyro_contrastive.diagnostics._arrays import FloatArray, derived_seed
 
 __all__ = ["Estimate", "bootstrap", "mean_and_error", "wilson_interval"]
 
-Method = Literal["percentile", "BCa"]
 _ENTRIES = 2**22  # resampled numbers that are held at once
 
 
@@ -44,62 +42,47 @@ def bootstrap(
     level: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
-    method: Method = "percentile",
 ) -> list[Estimate]:
-    """Bootstrap intervals of statistics of N independent items, all measured on the same resamples.
+    """Percentile bootstrap of statistics of N independent items, all measured on the same resamples (Efron 1979).
 
     Args:
-        statistic: Called with resampled `samples`, each (..., N), and gives (..., ) or a tuple of such.
+        statistic: Called with resampled `samples`, each (..., N); gives (...) or a tuple of such, NaN where undefined.
         *samples: What is known about the items, each (N,); resampled together.
         level: Confidence level in (0, 1).
-        num_resamples: Number of resamples, >= 1.
+        num_resamples: Number of resamples, >= 2.
         seed: Seed of the resamples.
-        method: "percentile", or "BCa" (bias-corrected and accelerated; N further evaluations, Efron 1987).
 
     Returns:
-        One estimate per statistic. Where the statistic is NaN or infinite on the data its interval is NaN; resamples on
-        which it is not defined are left out of "percentile" intervals.
+        One estimate per statistic. Where it is not finite on the data its interval is NaN; resamples on which it is not
+        finite are left out.
 
     Raises:
         ValueError: If `level` or `num_resamples` is out of range.
     """
     if not 0 < level < 1:
         raise ValueError(f"`level` must be in (0, 1), got {level!r}; use 0.95 for a 95 % interval")
-    if not isinstance(num_resamples, int | np.integer) or num_resamples < 1:
-        raise ValueError(f"`num_resamples` must be an integer >= 1, got {num_resamples!r}; 1000 is enough for 95 %")
+    if not isinstance(num_resamples, int | np.integer) or num_resamples < 2:
+        raise ValueError(f"`num_resamples` must be an integer >= 2, got {num_resamples!r}; 1000 is enough for 95 %")
     arrays = [np.asarray(sample) for sample in samples]
     num = len(arrays[0])
+    generator = np.random.default_rng(derived_seed(seed, "bootstrap"))
 
-    def together(index: NDArray[np.int64], axis: int = -1) -> FloatArray:
+    def figures(index: NDArray[np.int64]) -> FloatArray:
         found = statistic(*(array[index] for array in arrays))
         return np.stack(np.broadcast_arrays(*(found if isinstance(found, tuple) else (found,)))).astype(np.float64)
 
-    observed = together(np.arange(num))
-    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
-        warnings.simplefilter("ignore")  # a constant statistic: scipy warns, the interval says it
-        found = stats.bootstrap(
-            (np.arange(num),),
-            together,
-            n_resamples=int(num_resamples),
-            batch=max(_ENTRIES // num, 1),
-            vectorized=True,
-            confidence_level=level,
-            method=method,
-            random_state=np.random.default_rng(derived_seed(seed, "bootstrap")),
-        )
-        drawn = found.bootstrap_distribution
-        if method == "percentile":
-            tails = [50 * (1 - level), 50 * (1 + level)]
-            low, high = np.nanpercentile(np.where(np.isfinite(drawn), drawn, np.nan), tails, axis=-1)
+    batch = max(_ENTRIES // num, 1)
+    sizes = [min(batch, num_resamples - start) for start in range(0, num_resamples, batch)]
+    drawn = np.concatenate([figures(generator.integers(num, size=(size, num))) for size in sizes], axis=-1)
+    estimates = []
+    for value, values in zip(figures(np.arange(num)), drawn, strict=True):
+        values = values[np.isfinite(values)]
+        if np.isfinite(value) and len(values) > 1:
+            lower, upper = np.quantile(values, [0.5 * (1 - level), 0.5 * (1 + level)])
+            estimates.append(Estimate(float(value), float(lower), float(upper), float(values.std(ddof=1)), level))
         else:
-            low, high = found.confidence_interval
-        error = np.nanstd(np.where(np.isfinite(drawn), drawn, np.nan), axis=-1, ddof=1)
-    defined = np.isfinite(observed)
-    low, high, error = (np.where(defined, values, np.nan) for values in (low, high, error))
-    return [
-        Estimate(float(value), float(lower), float(upper), float(spread), level)
-        for value, lower, upper, spread in zip(observed, low, high, error, strict=True)
-    ]
+            estimates.append(Estimate(float(value), float("nan"), float("nan"), float("nan"), level))
+    return estimates
 
 
 def wilson_interval(share: ArrayLike, count: ArrayLike, level: float = 0.95) -> tuple[FloatArray, FloatArray]:
@@ -128,6 +111,6 @@ def wilson_interval(share: ArrayLike, count: ArrayLike, level: float = 0.95) -> 
 
 def mean_and_error(values: FloatArray) -> tuple[float, float]:
     """Mean of independent values and its standard error; NaN where it is not defined (one value, an infinite one)."""
-    mean = float(values.mean())
+    mean = float(values.mean()) if len(values) else float("nan")
     known = len(values) > 1 and np.isfinite(mean)
     return mean, float(values.std(ddof=1) / np.sqrt(len(values))) if known else float("nan")

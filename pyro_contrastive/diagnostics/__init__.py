@@ -66,6 +66,7 @@ from pyro_contrastive.diagnostics.quantities import (
     cosine_to,
     default_quantities,
     log_density,
+)
 from pyro_contrastive.diagnostics.recovery import (
     AxisRecovery,
     ConcentrationRecovery,

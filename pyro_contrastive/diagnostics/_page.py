@@ -181,8 +181,9 @@ def _verdicts(groups: Sequence[Sequence[Section]]) -> str:
         link = f'<a href="#{_identity(group)}">{escape(group_title(group))}</a>'
         items.append(f'<li class="{status}">{_badge(status)}<p>{link}. {escape(sentence)}</p></li>')
     note = (
-        "A check fails or warns where an effect matters <em>and</em> is not chance. The tests of each part raise a false "
-        f"alarm with a probability of at most {FAMILY_LEVEL * 100:g} %. No check proves that a posterior is right."
+        "A check fails or warns where an effect matters <em>and</em> is not chance. The tests of each part raise a "
+        f"false alarm with a probability of at most {FAMILY_LEVEL * 100:g} %. No check proves that a posterior is "
+        "right."
     )
     return f'<ul class="verdicts">{"".join(items)}</ul><p class="note">{note}</p>'
 

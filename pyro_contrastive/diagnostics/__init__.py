@@ -100,6 +100,13 @@ from pyro_contrastive.diagnostics.retrieval_scores import (
 )
 from pyro_contrastive.diagnostics.sbc import SBC, adjusted_pvalues, sbc, simulator
 from pyro_contrastive.diagnostics.scores import Score, Sharpness, energy_score, log_score, sharpness
+from pyro_contrastive.diagnostics.selective import (
+    SelectiveRisk,
+    entropy_agreement,
+    ood_auroc,
+    rank_agreement,
+    selective_risk,
+)
 from pyro_contrastive.diagnostics.tarp import TARP, expected_coverage, tarp
 from pyro_contrastive.diagnostics.variational_sbc import VSBC, asymmetry_pvalue, variational_sbc
 

@@ -112,8 +112,8 @@ def judge_dimensions(mean_direction: ArrayLike | torch.Tensor) -> Check:
         text = "The directions use part of the sphere only: a smaller sphere would hold them."
     remedy = (
         "Standardise the features before the heads: keep `batch_norm=True` of the guides, or end the encoder of a "
-        "guide of your own with `nn.BatchNorm1d(width, affine=False)`. More steps; a larger batch. If the things differ in "
-        "few ways only: a smaller `dim`."
+        "guide of your own with `nn.BatchNorm1d(width, affine=False)`. More steps; a larger batch. If the things "
+        "differ in few ways only: a smaller `dim`."
     )
     return Check("Dimensions in use", status, value, text, remedy)
 

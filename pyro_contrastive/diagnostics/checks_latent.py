@@ -212,7 +212,10 @@ def judge_level(
         return Check(name, "skip", value, text)
     low, high = profile.plausible
     inside = profile.level[(profile.pair_concentration >= low) & (profile.pair_concentration <= high)]
-    value += f"; held-out pairs fit {low:.3g} to {high:.3g} as well".replace("inf", "infinity")
+    other = (
+        f"fit {low:.3g} to {high:.3g} as well".replace("inf", "infinity") if low < high else "fit no other value tried"
+    )
+    value += f"; held-out pairs {other}"
     if profile.too_small:
         text = (
             f"Only {percent(profile.posterior_share)} of the spread of the pairs is left for the posteriors: the pair "

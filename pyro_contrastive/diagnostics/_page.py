@@ -103,7 +103,8 @@ margin:0 0 .5rem;background:var(--card);border-left:.35rem solid var(--rule);bor
 li.fail{border-color:var(--fail)}li.warn{border-color:var(--warn)}
 li.pass{border-color:var(--pass)}li.skip{border-color:var(--skip)}
 @media(min-width:56rem){.checks>li>div{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:0 1.5rem}}
-.checks>li>div>div+div{margin-top:.25rem}code{font-size:.93em}
+@media(max-width:55.99rem){.checks>li>div>div+div{margin-top:.25rem}}
+code{font-size:.93em}
 .checks h4,.checks p,.verdicts p{margin:0;font-size:1rem}.verdicts p{font-size:inherit}.checks p+p{margin-top:.25rem}
 .value,.note,td.m,figcaption{color:var(--soft)}.value,.note{font-size:.92rem}
 .value span{display:block}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -36,7 +37,7 @@ EXAMPLES = """examples:
       what can be chosen
 
 a run's folder holds config.json, checkpoint.pt, history.json; `report` adds report.html, posterior.nc (ArviZ), *.png
-and summary.json. Exit codes: 0 done, 1 the run failed, 2 wrong use."""
+and summary.json. Exit codes: 0 done, 1 the run failed (or, with `report --strict`, a check), 2 wrong use."""
 
 
 class UsageError(Exception):
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = _parser().parse_args(argv)
+        args.argv = sys.argv[1:] if argv is None else list(argv)
     except SystemExit as error:  # argparse has printed help or the reason
         return error.code if isinstance(error.code, int) else USAGE
     try:
@@ -104,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("report", help="judge a fitted run: report.html, posterior.nc, pictures, summary.json")
     sub.add_argument("out", type=Path, metavar="DIR", help="folder of a run or of the demo")
+    sub.add_argument(
+        "--strict", action="store_true", help="exit code 1 when a check fails (without it a finding is no error)"
+    )
     _common(sub)
     sub.set_defaults(command=_report)
 
@@ -220,19 +225,24 @@ def _report(args: argparse.Namespace) -> int:
     device = _device(args.device)
     members = [args.out, *sorted(path.parent for path in args.out.glob("*/config.json"))]
     sections = []
+    settings: dict[str, Any] = {"command": shlex.join(["pyro-contrastive", *args.argv]), "device": device}
     for folder in members:
         run = _load(folder, device)
         if not args.quiet:
             print(f"evaluating {folder} ...", flush=True)
-        sections.append(run.report(folder))
-    page = diagnostics.write_html(args.out, f"pyro_contrastive: {args.out.resolve().name}", sections)
+        sections.append(run.report(folder, level=diagnostics.checks.FAMILY_LEVEL / len(members)))
+        settings[sections[-1].title] = ", ".join(f"{name} {value}" for name, value in run.config.as_dict().items())
+    title = f"pyro_contrastive: {args.out.resolve().name}"
+    page = diagnostics.write_html(args.out, title, sections, settings=settings)
     summary = diagnostics.write_summary(args.out, sections)
     if not args.quiet:
         print(_table(sections))
+        print(diagnostics.opinion_text(sections))
         print(
             f"report:    {page}\nnumbers:   {summary}\nposterior: {args.out}/posterior.nc  (arviz.from_netcdf opens it)"
         )
-    return OK
+    failed = any(section.status == "fail" for section in sections)
+    return FAILED if failed and getattr(args, "strict", False) else OK
 
 
 def _table(sections: Sequence[Any]) -> str:

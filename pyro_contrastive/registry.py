@@ -220,19 +220,27 @@ class Run:
         loader = ViewLoader(images, shift_and_dropout, batch_size=self.config.batch_size, seed=self.config.seed)
         return loader.to(device)
 
-    def report(self, out: str | Path) -> Any:
-        """Evaluate on fresh or held-out data, and write pictures and ``posterior.nc``.
+    def report(self, out: str | Path, *, level: float = 0.01) -> Any:
+        """Evaluate on fresh or held-out data, judge, and write pictures and ``posterior.nc``.
 
         Args:
-            out: Folder.
+            out: Folder of the run; its ``history.json`` is judged as well, where there is one.
+            level: Chance of any false alarm of the tests; divide it by the number of runs on a page.
 
         Returns:
             A section for :func:`pyro_contrastive.diagnostics.write_html`.
         """
         from pyro_contrastive import diagnostics
 
-        seed = self.config.seed
+        path = Path(out) / "history.json"
+        history = json.loads(path.read_text()) if path.exists() else None
+        options: dict[str, Any] = {
+            "seed": self.config.seed,
+            "history": history,
+            "batch_size": self.config.batch_size,
+            "level": level,
+        }
         if self.config.data == "sphere":
-            return diagnostics.sphere_report(self.model, self.guide, self.world(), out, seed=seed)
+            return diagnostics.sphere_report(self.model, self.guide, self.world(), out, **options)
         test, train = load_digits("test"), load_digits("train")
-        return diagnostics.image_report(self.model, self.guide, *test, *train, corrupt, out, seed=seed)
+        return diagnostics.image_report(self.model, self.guide, *test, *train, corrupt, out, **options)

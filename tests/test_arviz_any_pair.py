@@ -177,10 +177,10 @@ def test_an_evidence_that_samples_is_made_one_draw_at_a_time():
 
 
 def test_large_batches_are_drawn_one_at_a_time(monkeypatch):
-    monkeypatch.setattr("pyro_contrastive.diagnostics._draws._GRID_NUMBERS", 2 * N**2 - 1)
+    monkeypatch.setattr("pyro_contrastive.diagnostics._passes._GRID_NUMBERS", 2 * N**2 - 1)
     guide = autoguide.AutoNormal(grouped)
     assert "enough work" in to_arviz(grouped, guide, (X,), kwargs={"y": Y}, num_samples=5).attrs["posterior_draws"]
-    monkeypatch.setattr("pyro_contrastive.diagnostics._draws._GRID_NUMBERS", 2 * N**2)  # two, two, one
+    monkeypatch.setattr("pyro_contrastive.diagnostics._passes._GRID_NUMBERS", 2 * N**2)  # two, two, one
     data = to_arviz(grouped, guide, (X,), kwargs={"y": Y}, num_samples=5)
     assert data.attrs["posterior_draws"] == "many in one pass"
     assert len(np.unique(data["posterior"]["mu"])) == len(np.unique(data["prior"]["mu"])) == 5

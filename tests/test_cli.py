@@ -138,6 +138,18 @@ def test_report_of_a_folder_without_a_run(tmp_path, capsys):
     assert "not the configuration of a run" in capsys.readouterr().err
 
 
+def test_report_prints_its_opinion_and_strict_makes_a_failed_check_an_error(tmp_path, capsys):
+    assert main(fit_args(tmp_path)) == 0  # three steps: nothing is learned
+    capsys.readouterr()
+    assert main(["report", str(tmp_path), "--device", "cpu", "--strict"]) == 1
+    text = capsys.readouterr().out
+    assert "Do not trust these posteriors yet" in text and "✗ FAIL" in text and "Try: " in text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["verdict"] == "fail" and any(check["name"] == "Training" for check in summary["checks"])
+    page = (tmp_path / "report.html").read_text()
+    assert f"pyro-contrastive report {tmp_path} --device cpu --strict" in page and "method mcinfonce" in page
+
+
 def test_small_demo_writes_one_report_over_all_runs(tmp_path, capsys):
     assert main(["demo", "--small", "--seeds", "0", "1", "--out", str(tmp_path), "--device", "cpu"]) == 0
     written = {path.name for path in tmp_path.iterdir()}
@@ -147,6 +159,7 @@ def test_small_demo_writes_one_report_over_all_runs(tmp_path, capsys):
     assert any(name.startswith("image_") for name in summary) and any(name.startswith("sphere_") for name in summary)
     text = capsys.readouterr().out
     assert "report.html" in text and "seed 0" in text and "seed 1" in text
+    assert "✗ FAIL" in text  # without --strict no error
 
 
 def test_python_dash_m(tmp_path):

@@ -16,7 +16,16 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_contrastive import distributions as dist
-from pyro_contrastive.diagnostics import Picture, Section, image_report, sphere_report, write_html, write_summary
+from pyro_contrastive.diagnostics import (
+    Check,
+    Picture,
+    Section,
+    image_report,
+    pair_report,
+    sphere_report,
+    write_html,
+    write_summary,
+)
 
 D = 4
 
@@ -95,12 +104,25 @@ def test_sphere_report_of_an_exact_posterior(tmp_path):
     data = az.from_netcdf(tmp_path / "posterior.nc")
     assert data["posterior"]["z1"].shape == (1, 100, 256, D)
     assert "calibrated" in section.reading[0] and "close to uniform" in section.reading[1]
+    # six tests share a false-alarm rate of 1 % (fixed seed)
+    statuses = {check.name: check.status for check in section.checks}
+    assert {name for name, status in statuses.items() if status == "pass"} == {
+        *("Coverage of caps", "PIT uniformity", "Expected coverage (TARP)", "Concentration recovery"),
+        *("Direction recovery", "Partner among candidates", "Range of the concentrations", "Uniform aggregate"),
+        "Dimensions in use",
+    }
+    # these logits are not those of the exact evidence; two rows are no history
+    assert statuses["Partner probabilities"] == "fail" and statuses["Training"] == "skip"
 
 
 def test_sphere_report_calls_wrong_widths_by_their_name(tmp_path):
     over = sphere_report(Model(), Guide(4.0), World(), tmp_path / "over", num_items=600)
     under = sphere_report(Model(), Guide(0.25), World(), tmp_path / "under", num_items=600)
     assert "over-confident" in over.reading[0] and "under-confident" in under.reading[0]
+    for section in (over, under):
+        failing = {check.name for check in section.checks if check.status == "fail"}
+        assert failing >= {"Coverage of caps", "PIT uniformity", "Concentration recovery"}
+        assert section.status == "fail" and "Uniform aggregate" not in failing
     assert over.figures["concentration_error"] == pytest.approx(3.0, rel=1e-3)
     assert over.figures["pit_pvalue"] < 1e-10 and under.figures["pit_pvalue"] < 1e-10
 
@@ -108,6 +130,8 @@ def test_sphere_report_calls_wrong_widths_by_their_name(tmp_path):
 def test_sphere_report_of_a_point_guide(tmp_path):
     section = sphere_report(Model(), Guide(family="delta"), World(), tmp_path, num_items=100)
     assert math.isnan(section.figures["spearman_concentration"])
+    statuses = {check.name: check.status for check in section.checks}
+    assert statuses["Range of the concentrations"] == "skip" and statuses["Concentration recovery"] == "fail"
     assert section.figures["coverage_95"] == 0.0 and math.isinf(section.figures["concentration_q05"])
     assert json.loads(write_summary(tmp_path, [section]).read_text())["sphere_concentration_q05"] is None
 
@@ -168,6 +192,8 @@ def test_image_report(tmp_path):
     }
     assert az.from_netcdf(tmp_path / "posterior.nc")["posterior"]["z2"].shape == (1, 100, 200, D)
     assert "not uniform" in section.reading[-1]
+    statuses = {check.name: check.status for check in section.checks}
+    assert statuses["Width against corruption"] == "pass" and statuses["Uniform aggregate"] != "pass"
     again = image_report(
         Model(), ImageGuide(), images, labels, train, train_labels, dropout, tmp_path, seed=3, max_level=0.95
     )
@@ -179,6 +205,57 @@ def test_image_report_of_a_point_guide(tmp_path):
     section = image_report(Model(), ImageGuide("delta"), images, labels, images, labels, dropout, tmp_path)
     assert math.isnan(section.figures["spearman_corruption"]) and math.isnan(section.figures["accuracy_q1"])
     assert [p.path.stem for p in section.pictures] == ["aggregate"]
+
+
+def test_pair_report_of_ones_own_pair(tmp_path):
+    batch = World().sample(480, seed=4)
+    labels = batch.mean_direction1.abs().argmax(-1)  # no class is more ambiguous than another
+    own = Check("My own check", "warn", "7", "It is seven.", "Make it eight.")
+    history = {"step": list(range(40)), "loss": list(np.exp(-np.arange(40.0)))}
+    section = pair_report(
+        Model(), Guide(), (batch.x1, batch.x2), tmp_path, labels=labels, history=history, batch_size=256, checks=[own]
+    )
+    statuses = {check.name: check.status for check in section.checks}
+    assert section.checks[0] == own and section.kind == "pair" and section.status == "fail"
+    assert statuses["Mistakes among the least sure"] in ("fail", "skip", "warn")  # kappa has nothing to do with labels
+    for name in ("Partner among candidates", "Uniform aggregate", "Dimensions in use", "Training", "Batch size"):
+        assert statuses[name] == "pass", name
+    figures = section.figures
+    assert figures["knn_accuracy"] > 0.5 and figures["partner_information"] > 0.5  # guessing: .25 and 0
+    assert {p.path.stem for p in section.pictures} == {
+        *("risk_coverage", "accuracy_by_quartile", "aggregate", "history")
+    }  # fmt: skip
+    assert all(": " in picture.alt for picture in section.pictures)
+    assert az.from_netcdf(tmp_path / "posterior.nc")["posterior"]["z1"].shape == (1, 100, 256, D)
+    summary = json.loads(write_summary(tmp_path, [section]).read_text())
+    assert summary["verdict"] == "fail" and summary["pair_knn_accuracy"] == figures["knn_accuracy"]
+    assert summary["checks"][0] == {
+        "kind": "pair", "seed": 0, "name": "My own check", "status": "warn", "value": "7", "meaning": "It is seven.",
+        "remedy": "Make it eight.",
+    }  # fmt: skip
+
+
+def test_pair_report_needs_little(tmp_path):
+    batch = World().sample(64, seed=0)
+    views = (batch.x1, batch.x2)
+
+    def model(x1, x2):
+        with pyro.plate("pairs", len(x1)):
+            pyro.sample("z1", dist.HypersphericalUniform(D))
+            pyro.sample("z2", dist.HypersphericalUniform(D))
+
+    before = torch.get_rng_state()
+    section = pair_report(model, Guide(), views, tmp_path)  # a plain function without logits; no labels, no history
+    assert torch.equal(before, torch.get_rng_state())
+    statuses = {check.name: check.status for check in section.checks}
+    assert statuses["Partner among candidates"] == "skip" and statuses["Level of the concentrations"] == "skip"
+    assert section.pictures[-1].path.stem == "aggregate"
+    with pytest.raises(ValueError, match="one length >= 40, got lengths \\[64, 63\\]"):
+        pair_report(model, Guide(), (batch.x1, batch.x2[1:]), tmp_path)
+    with pytest.raises(ValueError, match="`labels` must have shape"):
+        pair_report(model, Guide(), views, tmp_path, labels=[1, 2])
+    with pytest.raises(TypeError, match="must have a method posterior"):
+        pair_report(model, model, views, tmp_path)
 
 
 @dataclass
@@ -206,7 +283,7 @@ def written(tmp_path):
 
 
 def test_html_is_self_contained_and_has_a_table_over_seeds(written):
-    assert not re.search(r'(src|href)="(?!data:)', written.html) and "http" not in written.html
+    assert not re.search(r'(src|href)="(?!data:|#)', written.html) and "://" not in written.html
     assert written.html.count("data:image/png;base64,iVBORyBmYWtl"[:22]) == 2
     assert "seed 0" in written.html and "seed 1" in written.html and ">mean<" in written.html
     for text in ("0.900", "0.910", "0.905", "own figure", "0.512", "All is well."):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pyro_contrastive.diagnostics._intervals import Estimate
+from pyro_contrastive.diagnostics._opinion import opinion_text
 from pyro_contrastive.diagnostics.alignment import AlignmentScore, align_and_score, cosine_correlation, procrustes
 from pyro_contrastive.diagnostics.arviz_bridge import to_arviz
 from pyro_contrastive.diagnostics.arviz_mcmc import from_pyro
 from pyro_contrastive.diagnostics.arviz_stream import stream_arviz
+from pyro_contrastive.diagnostics.bands import PITBand, pit_band
 from pyro_contrastive.diagnostics.calibration import (
     Coverage,
     cap_pit,
@@ -18,8 +20,33 @@ from pyro_contrastive.diagnostics.calibration import (
     sbc_ranks,
     uniformity_pvalue,
 )
+from pyro_contrastive.diagnostics.checks import Check, verdict
+from pyro_contrastive.diagnostics.checks_fit import judge_batch, judge_training
+from pyro_contrastive.diagnostics.checks_latent import (
+    judge_concentration,
+    judge_dimensions,
+    judge_level,
+    judge_uniformity,
+)
+from pyro_contrastive.diagnostics.checks_pairs import (
+    judge_accuracy,
+    judge_corruption,
+    judge_khat,
+    judge_partner,
+    judge_partner_reliability,
+)
+from pyro_contrastive.diagnostics.checks_truth import (
+    judge_coverage,
+    judge_directions,
+    judge_pit,
+    judge_recovery,
+    judge_sbc,
+    judge_tarp,
+    judge_variational_sbc,
+)
 from pyro_contrastive.diagnostics.comparison import Comparison, compare
 from pyro_contrastive.diagnostics.identifiability import Identifiability, identifiability, plot_identifiability
+from pyro_contrastive.diagnostics.khat import KHat, guide_khat, psis_khat
 from pyro_contrastive.diagnostics.partner import partner_pit, partner_probability, partner_radius
 from pyro_contrastive.diagnostics.partner_sets import partner_sets
 from pyro_contrastive.diagnostics.plots import (
@@ -34,6 +61,14 @@ from pyro_contrastive.diagnostics.plots import (
 )
 from pyro_contrastive.diagnostics.plots_retrieval import plot_credible_caps, plot_credible_sets, plot_risk_coverage
 from pyro_contrastive.diagnostics.predictive import PartnerCheck, Reliability, partner_check
+from pyro_contrastive.diagnostics.quantities import (
+    angle_to_mean,
+    angle_to_reference,
+    coordinates,
+    cosine_to,
+    default_quantities,
+    log_density,
+)
 from pyro_contrastive.diagnostics.recovery import (
     AxisRecovery,
     ConcentrationRecovery,
@@ -43,6 +78,7 @@ from pyro_contrastive.diagnostics.recovery import (
     mcc,
 )
 from pyro_contrastive.diagnostics.report import Picture, Section, image_report, sphere_report, write_html, write_summary
+from pyro_contrastive.diagnostics.report_pairs import pair_report
 from pyro_contrastive.diagnostics.representation import (
     Uniformity,
     accuracy_by_quartile,
@@ -64,6 +100,8 @@ from pyro_contrastive.diagnostics.retrieval_scores import (
     risk_coverage,
     size_correlation,
 )
+from pyro_contrastive.diagnostics.sbc import SBC, adjusted_pvalues, sbc, simulator
+from pyro_contrastive.diagnostics.scores import Score, Sharpness, energy_score, log_score, sharpness
 from pyro_contrastive.diagnostics.selective import (
     SelectiveRisk,
     entropy_agreement,
@@ -71,10 +109,13 @@ from pyro_contrastive.diagnostics.selective import (
     rank_agreement,
     selective_risk,
 )
+from pyro_contrastive.diagnostics.tarp import TARP, expected_coverage, tarp
+from pyro_contrastive.diagnostics.variational_sbc import VSBC, asymmetry_pvalue, variational_sbc
 
 __all__ = [
     "AlignmentScore",
     "AxisRecovery",
+    "Check",
     "ClassScores",
     "Comparison",
     "ConcentrationRecovery",
@@ -83,18 +124,29 @@ __all__ = [
     "CredibleSets",
     "Estimate",
     "Identifiability",
+    "KHat",
     "LinearRecovery",
+    "PITBand",
     "PartnerCheck",
     "Picture",
     "RankingScores",
     "Reliability",
     "RiskCoverage",
+    "SBC",
+    "Score",
     "Section",
     "SelectiveRisk",
+    "Sharpness",
+    "TARP",
     "Uniformity",
+    "VSBC",
     "accuracy_by_quartile",
+    "adjusted_pvalues",
     "aggregate_uniformity",
     "align_and_score",
+    "angle_to_mean",
+    "angle_to_reference",
+    "asymmetry_pvalue",
     "cap_area",
     "cap_pit",
     "cap_probability",
@@ -102,26 +154,56 @@ __all__ = [
     "class_scores",
     "compare",
     "concentration_recovery",
+    "coordinates",
     "corruption_correlation",
     "cosine_correlation",
+    "cosine_to",
     "coverage",
     "credible_curve",
     "credible_sets",
+    "default_quantities",
     "direction_and_concentration",
+    "energy_score",
     "entropy_agreement",
+    "expected_coverage",
     "from_pyro",
+    "guide_khat",
     "identifiability",
     "image_report",
+    "judge_accuracy",
+    "judge_batch",
+    "judge_concentration",
+    "judge_corruption",
+    "judge_coverage",
+    "judge_dimensions",
+    "judge_directions",
+    "judge_khat",
+    "judge_level",
+    "judge_partner",
+    "judge_partner_reliability",
+    "judge_pit",
+    "judge_recovery",
+    "judge_sbc",
+    "judge_tarp",
+    "judge_training",
+    "judge_uniformity",
+    "judge_variational_sbc",
     "knn_accuracy",
     "knn_correct",
     "label_entropy",
+    "linear_r2",
+    "log_density",
+    "log_score",
     "mcc",
     "ood_auroc",
+    "opinion_text",
+    "pair_report",
     "partner_check",
     "partner_pit",
     "partner_probability",
     "partner_radius",
     "partner_sets",
+    "pit_band",
     "plot_accuracy_by_quartile",
     "plot_aggregate",
     "plot_concentration_recovery",
@@ -135,17 +217,24 @@ __all__ = [
     "plot_pit",
     "plot_risk_coverage",
     "procrustes",
+    "psis_khat",
     "rank_agreement",
     "rank_pit",
     "ranking_scores",
     "risk_coverage",
+    "sbc",
     "sbc_ranks",
     "selective_risk",
+    "sharpness",
+    "simulator",
     "size_correlation",
     "sphere_report",
     "stream_arviz",
+    "tarp",
     "to_arviz",
     "uniformity_pvalue",
+    "variational_sbc",
+    "verdict",
     "write_html",
     "write_summary",
 ]

@@ -1,14 +1,15 @@
 """A trained pair evaluated, as sections of a report: in a world with a known posterior, and on labelled images.
 
-`sphere_report` and `image_report` compute, write PNGs and `posterior.nc` into a folder and return a `Section`;
-`write_html` and `write_summary` turn sections into one page and one flat file of figures.
+`sphere_report` and `image_report` compute, write PNGs and `posterior.nc` into a folder and return a `Section` with an
+opinion on what they found; `write_html` and `write_summary` turn sections into one page and one file of figures. For
+pairs of which nothing else is known see `report_pairs.pair_report`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,14 +19,37 @@ from pyro_contrastive.diagnostics import plots
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
 from pyro_contrastive.diagnostics._document import Picture, Section, write_html, write_summary
 from pyro_contrastive.diagnostics._run import evaluation
+from pyro_contrastive.diagnostics._sections import (
+    LATENT_TESTS,
+    STORED_ITEMS,
+    Album,
+    aggregate_figures,
+    concentration_figures,
+    embed,
+    fit_checks,
+    latent_checks,
+    level_profile,
+    pair_concentration,
+    partner_figures,
+    partner_scores,
+    store,
+)
 from pyro_contrastive.diagnostics.alignment import align_and_score
-from pyro_contrastive.diagnostics.arviz_bridge import to_arviz
 from pyro_contrastive.diagnostics.calibration import (
     Coverage,
     cap_pit,
     coverage,
     direction_and_concentration,
     uniformity_pvalue,
+)
+from pyro_contrastive.diagnostics.checks import FAMILY_LEVEL, Check
+from pyro_contrastive.diagnostics.checks_pairs import judge_accuracy, judge_corruption
+from pyro_contrastive.diagnostics.checks_truth import (
+    judge_coverage,
+    judge_directions,
+    judge_pit,
+    judge_recovery,
+    judge_tarp,
 )
 from pyro_contrastive.diagnostics.representation import (
     accuracy_by_quartile,
@@ -34,18 +58,14 @@ from pyro_contrastive.diagnostics.representation import (
     knn_accuracy,
     knn_correct,
 )
+from pyro_contrastive.diagnostics.tarp import tarp
 from pyro_contrastive.ops import inverse_bessel_ratio
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 __all__ = ["Picture", "Section", "World", "image_report", "sphere_report", "write_html", "write_summary"]
 
 _LEVELS = (0.5, 0.8, 0.95)
+_TARP_DRAWS = 199
 _CURVE = np.linspace(0.02, 0.98, 49)
-_STORED_ITEMS = 256  # items in posterior.nc and in the search for partners
-_STORED_DRAWS = 100
-_CHUNK = 2048  # images that one pass of the encoder sees
 
 
 class World(Protocol):
@@ -60,21 +80,6 @@ class World(Protocol):
         ...
 
 
-class _Album:
-    """Writes axes as PNG files and keeps their captions."""
-
-    def __init__(self, out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.out = out
-        self.pictures: list[Picture] = []
-
-    def add(self, name: str, axes: Axes, caption: str) -> None:
-        path = self.out / f"{name}.png"
-        figure: Any = axes.figure
-        figure.savefig(path)
-        self.pictures.append(Picture(path, caption))
-
-
 def sphere_report(
     model: Callable[..., Any],
     guide: Any,
@@ -84,6 +89,9 @@ def sphere_report(
     num_items: int = 2500,
     seed: int = 0,
     history: Mapping[str, Sequence[float]] | None = None,
+    batch_size: int | None = None,
+    checks: Sequence[Check] = (),
+    level: float = FAMILY_LEVEL,
     title: str | None = None,
     progress: bool = False,
 ) -> Section:
@@ -99,7 +107,10 @@ def sphere_report(
         out: Folder for the PNGs and `posterior.nc`, created where missing.
         num_items: Number of fresh pairs.
         seed: Seed of the items and of all draws.
-        history: Loss curves to show, by name.
+        history: Loss curves to show and to judge, by name, as `fit` returns them.
+        batch_size: Pairs per training batch, to judge it.
+        checks: Further checks of yours, such as `judge_sbc(...)`; they come first.
+        level: Chance of any false alarm of the tests of this section; divide it by the sections of a page.
         title: Heading of the section.
         progress: Whether to show progress bars.
 
@@ -107,9 +118,10 @@ def sphere_report(
         The section with the figures `spearman_concentration`, `concentration_error`, `cosine_correlation`,
         `mean_angle`, `coverage_50/80/95`, `exact_coverage_50/80/95`, `pit_pvalue`, `concentration_q05/q95`,
         `mean_resultant_length`, `eigenvalue_ratio`, `uniformity_pvalue`, and where the model allows
-        `pair_concentration`, `pair_concentration_sampled`, `partner_accuracy`.
+        `pair_concentration`, `pair_concentration_sampled`, `partner_accuracy`, `partner_information` (nats per pair),
+        `partner_overconfidence` (nats).
     """
-    album = _Album(Path(out))
+    album = Album(out)
     batch = world.sample(num_items, seed=seed)
     with evaluation(model, guide, seed=seed) as device:
         x1, x2 = batch.x1.to(device), batch.x2.to(device)
@@ -126,7 +138,9 @@ def sphere_report(
         )
         chosen = torch.from_numpy(score.evaluated)
         aligned_truth = as_array(batch.z1).astype(np.float64)[score.evaluated] @ score.rotation.T
-        pit = cap_pit(guide.posterior(x1[chosen.to(device)]), aligned_truth, seed=seed)  # exact in every family
+        judged = guide.posterior(x1[chosen.to(device)])
+        pit = cap_pit(judged, aligned_truth, seed=seed)  # exact in every family
+        balls = tarp(judged, aligned_truth, num_draws=_TARP_DRAWS, num_bootstrap=1, seed=seed)
         figures = {
             "spearman_concentration": score.spearman_concentration,
             "concentration_error": score.concentration_error,
@@ -140,8 +154,12 @@ def sphere_report(
                 f"{prefix}_{level * 100:.0f}": float(v) for level, v in zip(_LEVELS, one.empirical, strict=True)
             }
         figures["pit_pvalue"] = uniformity_pvalue(pit)
-        figures |= _concentration_range(kappa) | _aggregate(draws) | _pair_concentration(model, draws, partner_draws)
-        figures |= _partner_accuracy(model, (x1, x2))
+        figures |= (
+            concentration_figures(kappa) | aggregate_figures(draws) | _pair_concentration(model, draws, partner_draws)
+        )
+        scores = partner_scores(model, guide, (x1, x2), seed=seed)
+        figures |= partner_figures(model, (x1, x2), scores)
+        profile = level_profile(model, guide, (x1, x2))
     curves = {"learned posterior": coverage(pit, _CURVE), "exact posterior": coverage(exact_pit, _CURVE)}
     album.add(
         "coverage",
@@ -159,9 +177,20 @@ def sphere_report(
         plots.plot_concentration_recovery(batch.concentration1, kappa),
         "Each point is an item. On the line the learned concentration equals that of the exact posterior.",
     )
-    _finish(album, draws, history)
-    views = (x1[:_STORED_ITEMS], x2[:_STORED_ITEMS])
-    _store(album.out, model, guide, views, seed=seed, progress=progress, sbc={"angle1": pit})
+    album.finish(draws, profile, history)
+    views = (x1[:STORED_ITEMS], x2[:STORED_ITEMS])
+    store(album.out, model, guide, views, seed=seed, progress=progress, sbc={"angle1": pit})
+    each = level / (3 + LATENT_TESTS)
+    found = [
+        *checks,
+        judge_coverage(pit, levels=_LEVELS, level=each),
+        judge_pit(pit, level=each),
+        judge_tarp(balls, level=each),
+        judge_recovery(kappa, batch.concentration1),
+        judge_directions(score.cosine_correlation, score.mean_angle),
+        *latent_checks(model, mean, kappa, draws, scores, profile, each),
+        *fit_checks(history, batch_size, mean.shape[-1], scores),
+    ]
     return Section(
         title=title or f"A world with a known posterior, seed {seed}",
         kind="sphere",
@@ -169,6 +198,7 @@ def sphere_report(
         figures=figures,
         pictures=album.pictures,
         reading=[_coverage_reading(reached), _aggregate_reading(draws)],
+        checks=found,
     )
 
 
@@ -185,6 +215,9 @@ def image_report(
     seed: int = 0,
     max_level: float = 0.8,
     history: Mapping[str, Sequence[float]] | None = None,
+    batch_size: int | None = None,
+    checks: Sequence[Check] = (),
+    level: float = FAMILY_LEVEL,
     title: str | None = None,
     progress: bool = False,
 ) -> Section:
@@ -204,37 +237,42 @@ def image_report(
         out: Folder for the PNGs and `posterior.nc`, created where missing.
         seed: Seed of the levels, the damage and all draws.
         max_level: Levels are uniform on [0, max_level].
-        history: Loss curves to show, by name.
+        history: Loss curves to show and to judge, by name, as `fit` returns them.
+        batch_size: Pairs per training batch, to judge it.
+        checks: Further checks of yours, such as `judge_sbc(...)`; they come first.
+        level: Chance of any false alarm of the tests of this section; divide it by the sections of a page.
         title: Heading of the section.
         progress: Whether to show progress bars.
 
     Returns:
         The section with the figures `spearman_corruption`, `knn_clean`, `knn_corrupted`, `accuracy_q1` (surest) to
         `accuracy_q4`, `accuracy_drop`, `concentration_q05/q95`, `mean_resultant_length`, `eigenvalue_ratio`,
-        `uniformity_pvalue` and, where the model allows, `partner_accuracy`. Those that need varied concentrations are
-        NaN for a point guide.
+        `uniformity_pvalue` and, where the model allows, `partner_accuracy`, `partner_information` (nats per pair) and
+        `partner_overconfidence` (nats). Those that need varied concentrations are NaN for a point guide.
     """
-    album = _Album(Path(out))
+    album = Album(out)
     generator = torch.Generator().manual_seed(seed)
-    level = max_level * torch.rand(len(images), generator=generator)
-    damaged, twin = (corrupt(images.cpu(), level, generator) for _ in range(2))
+    level_of_damage = max_level * torch.rand(len(images), generator=generator)
+    damaged, twin = (corrupt(images.cpu(), level_of_damage, generator) for _ in range(2))
     with evaluation(model, guide, seed=seed) as device:
-        reference, _, _ = _embed(guide, train_images, device, seed)
-        clean, _, _ = _embed(guide, images, device, seed)
-        mean, kappa, draws = _embed(guide, damaged, device, seed)
-        views = (damaged[:_STORED_ITEMS].to(device), twin[:_STORED_ITEMS].to(device))
-        partner = _partner_accuracy(model, views)
+        reference, _, _ = embed(guide, train_images, device, seed)
+        clean, _, _ = embed(guide, images, device, seed)
+        mean, kappa, draws = embed(guide, damaged, device, seed)
+        views = (damaged[:STORED_ITEMS].to(device), twin[:STORED_ITEMS].to(device))
+        scores = partner_scores(model, guide, (damaged.to(device), twin.to(device)), seed=seed)
+        partner = partner_figures(model, views, scores)
+        profile = level_profile(model, guide, (damaged.to(device), twin.to(device)))
     correct = knn_correct(reference, train_labels, mean, labels)
     varied = bool(np.any(kappa != kappa[0]))
     quartiles = accuracy_by_quartile(kappa, correct) if varied else np.full(4, np.nan)
     figures = {
-        "spearman_corruption": corruption_correlation(kappa, level),
+        "spearman_corruption": corruption_correlation(kappa, level_of_damage),
         "knn_clean": knn_accuracy(reference, train_labels, clean, labels),
         "knn_corrupted": float(correct.mean()),
         **{f"accuracy_q{index}": float(value) for index, value in enumerate(quartiles, start=1)},
         "accuracy_drop": float(quartiles[0] - quartiles[-1]),
-        **_concentration_range(kappa),
-        **_aggregate(draws),
+        **concentration_figures(kappa),
+        **aggregate_figures(draws),
         **partner,
     }
     reading = [_aggregate_reading(draws)]
@@ -242,7 +280,7 @@ def image_report(
         reading.insert(0, _corruption_reading(figures))
         album.add(
             "concentration_vs_corruption",
-            plots.plot_concentration_vs_corruption(level, kappa),
+            plots.plot_concentration_vs_corruption(level_of_damage, kappa),
             "Every point is a held-out image, damaged by a known amount that the encoder is not told. Falling from "
             "left to right: the posterior widens as it should.",
         )
@@ -252,8 +290,16 @@ def image_report(
             "Damaged images in four groups by concentration. Falling bars: where the posterior is sure, it is right.",
         )
         _neighbour_pictures(album, damaged, labels, train_images, train_labels, mean, reference, kappa)
-    _finish(album, draws, history)
-    _store(album.out, model, guide, views, seed=seed, progress=progress)
+    album.finish(draws, profile, history)
+    store(album.out, model, guide, views, seed=seed, progress=progress)
+    each = level / (2 + LATENT_TESTS)
+    found = [
+        *checks,
+        judge_corruption(kappa, level_of_damage, level=each),
+        judge_accuracy(kappa, correct, level=each),
+        *latent_checks(model, mean, kappa, draws, scores, profile, each),
+        *fit_checks(history, batch_size, mean.shape[-1], scores),
+    ]
     return Section(
         title=title or f"Held-out images, seed {seed}",
         kind="image",
@@ -261,21 +307,12 @@ def image_report(
         figures=figures,
         pictures=album.pictures,
         reading=reading,
+        checks=found,
     )
 
 
-def _embed(guide: Any, images: Tensor, device: torch.device, seed: int) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Mean directions (N, d), concentrations (N,) and one draw per image (N, d), a chunk at a time."""
-    parts = []
-    for chunk in images.split(_CHUNK):
-        posterior = guide.posterior(chunk.to(device))
-        parts.append((*direction_and_concentration(posterior, seed=seed), as_array(posterior.sample())))
-    mean, kappa, draws = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return mean, kappa, draws.astype(np.float64)
-
-
 def _neighbour_pictures(
-    album: _Album,
+    album: Album,
     queries: Tensor,
     labels: Tensor,
     train_images: Tensor,
@@ -305,65 +342,14 @@ def _neighbour_pictures(
         album.add(name, axes, caption)
 
 
-def _finish(album: _Album, draws: FloatArray, history: Mapping[str, Sequence[float]] | None) -> None:
-    """The pictures that every report ends with."""
-    album.add(
-        "aggregate",
-        plots.plot_aggregate(draws),
-        "One posterior draw per item. All axes on the dashed curve: the latent space is used uniformly, as the "
-        "identification of the posterior assumes. A gap says along which kind of axis it is not.",
-    )
-    if history:
-        album.add("history", plots.plot_history(history), "The loss during training, with its running median.")
-
-
-def _store(
-    out: Path,
-    model: Callable[..., Any],
-    guide: Any,
-    views: tuple[Tensor, Tensor],
-    *,
-    seed: int,
-    progress: bool,
-    sbc: Mapping[str, FloatArray] | None = None,
-) -> None:
-    data = to_arviz(model, guide, views, num_samples=_STORED_DRAWS, seed=seed, progress=progress, sbc=sbc)
-    data.to_netcdf(out / "posterior.nc")
-
-
-def _concentration_range(kappa: FloatArray) -> dict[str, float]:
-    low, high = np.quantile(kappa, [0.05, 0.95], method="nearest")  # no interpolation: infinity is a legal value
-    return {"concentration_q05": float(low), "concentration_q95": float(high)}
-
-
-def _aggregate(draws: FloatArray) -> dict[str, float]:
-    result = aggregate_uniformity(draws)
-    return {
-        "mean_resultant_length": result.mean_resultant_length,
-        "eigenvalue_ratio": result.eigenvalue_ratio,
-        "uniformity_pvalue": result.pvalue,
-    }
-
-
 def _pair_concentration(model: Any, draws: FloatArray, partners: FloatArray) -> dict[str, float]:
     """Concentration of the pair prior, and the one that sampled pairs have: A_d(kappa) is their mean cosine."""
-    concentration = getattr(model, "concentration", None)
-    if concentration is None or as_array(concentration).size != 1:
+    concentration = pair_concentration(model)
+    if concentration is None:
         return {}
     cosine = float(np.clip((draws * partners).sum(-1).mean(), 0.0, 1.0 - 1e-9))
     sampled = inverse_bessel_ratio(draws.shape[-1], torch.tensor(cosine, dtype=torch.float64))
-    return {
-        "pair_concentration": float(as_array(concentration).reshape(())),
-        "pair_concentration_sampled": float(sampled),
-    }
-
-
-def _partner_accuracy(model: Any, views: tuple[Tensor, Tensor]) -> dict[str, float]:
-    if not hasattr(model, "partner_logits"):
-        return {}
-    logits = model.partner_logits(*(view[:_STORED_ITEMS] for view in views))
-    best = as_array(logits.argmax(dim=-1))
-    return {"partner_accuracy": float(np.mean(best == np.arange(len(best))))}
+    return {"pair_concentration": concentration, "pair_concentration_sampled": float(sampled)}
 
 
 def _coverage_reading(reached: Coverage) -> str:

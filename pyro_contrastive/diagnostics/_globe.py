@@ -1,14 +1,14 @@
 r"""Geometry of credible caps in an orthographic picture, for the static and the interactive plot alike.
 
-A posterior with mean direction :math:`\mu` and projection :math:`p = F^\top\mu` on a 3-frame F is shown by an ellipse with
-centre :math:`c\,p_2` and matrix :math:`a (I - p_2 p_2^\top) + b\,p_2 p_2^\top`, where :math:`p_2` holds the two coordinates
-of the picture, rotated as one likes.
+A posterior with mean direction :math:`\mu` and projection :math:`p = F^\top\mu` on a 3-frame F is shown by an ellipse
+with centre :math:`c\,p_2` and matrix :math:`a (I - p_2 p_2^\top) + b\,p_2 p_2^\top`, where :math:`p_2` holds the two
+coordinates of the picture, rotated as one likes.
 
 * d = 3: :math:`c = \cos r,\ a = \sin^2 r,\ b = 0`, exactly the boundary circle of the cap of radius r.
-* d > 3: the cap itself would cover most of any picture, since nearly all its width is in the axes that are not shown.
-  Drawn is the region of the *two shown coordinates*: mean and covariance of the projected law
-  (:math:`c = A_d(\kappa)`, :math:`a = s A_d/\kappa`, :math:`b = s (1 - A_d^2 - (d-1) A_d / \kappa)`; Mardia & Jupp 2000,
-  section 9.3.2) with s the level's quantile of chi-square with two degrees of freedom, as if the projection were normal.
+* d > 3: the cap itself would cover most of any picture, since nearly all its width is in the axes not shown. Drawn is
+  the region of the *two shown coordinates*: mean and covariance of the projected law (:math:`c = A_d(\kappa)`,
+  :math:`a = s A_d/\kappa`, :math:`b = s (1 - A_d^2 - (d-1) A_d / \kappa)`; Mardia & Jupp 2000, section 9.3.2) with s the
+  level's quantile of chi-square with two degrees of freedom, as if the projection were normal.
 """
 
 from __future__ import annotations
@@ -153,9 +153,7 @@ def globe(
     return Globe(dim, points, kappa, radius, ellipse, axes, share, placed, inside, level, principal)
 
 
-def _axes_shown(
-    mean: FloatArray, frame: ArrayLike | None, view: tuple[float, float] | None
-) -> tuple[FloatArray, bool]:
+def _axes_shown(mean: FloatArray, frame: ArrayLike | None, view: tuple[float, float] | None) -> tuple[FloatArray, bool]:
     """Matrix (d, 3) of right, up, towards the viewer, and whether it holds the principal axes."""
     dim = mean.shape[1]
     if frame is not None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["BLUE", "CYCLE", "GREEN", "GREY", "ORANGE", "RED", "images", "label", "named", "new_axes", "new_figure",
+__all__ = ["BLUE", "CYCLE", "GREEN", "GREY", "ORANGE", "RED", "check_backend", "images", "label", "named", "new_axes", "new_figure",
            "plain_ticks", "pvalue_text"]  # fmt: skip
 
 # Okabe & Ito (2008), a palette for all kinds of colour vision

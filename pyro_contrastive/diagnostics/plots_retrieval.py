@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,12 +11,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from pyro_contrastive.diagnostics._arrays import as_array
-from pyro_contrastive.diagnostics._style import BLUE, CYCLE, GREY, ORANGE, images, label, new_axes
+from pyro_contrastive.diagnostics._style import BLUE, CYCLE, GREY, ORANGE, images, label, named, new_axes
 from pyro_contrastive.diagnostics.retrieval import CredibleSets
 from pyro_contrastive.diagnostics.retrieval_scores import RiskCoverage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from pyro_contrastive.diagnostics.selective import SelectiveRisk
 
 __all__ = ["plot_credible_caps", "plot_credible_sets", "plot_risk_coverage"]
 
@@ -157,7 +160,7 @@ def plot_credible_caps(
 
 
 def plot_risk_coverage(
-    curve: RiskCoverage | Mapping[str, RiskCoverage],
+    curve: RiskCoverage | SelectiveRisk | Mapping[str, RiskCoverage | SelectiveRisk],
     *,
     ax: Axes | None = None,
     figsize: tuple[float, float] | None = None,
@@ -166,21 +169,29 @@ def plot_risk_coverage(
     """Error rate among the most confident queries against the share of queries kept.
 
     Args:
-        curve: One `RiskCoverage`, or several by name.
+        curve: One `RiskCoverage`, or what `selective_risk` returns, which adds a pointwise band and an interval of the
+            area; or several by name.
         ax: Axes to draw on; a new figure without.
         figsize: Width and height of the new figure in inches.
         backend: "matplotlib"; no other is there.
 
     Returns:
         The axes. A curve that rises from the left: confidence knows where the mistakes are.
+
+    Raises:
+        ValueError: For an empty mapping.
     """
     ax = new_axes(ax, figsize, backend)
-    several = {"queries": curve} if isinstance(curve, RiskCoverage) else curve
-    for colour, (name, one) in zip(CYCLE, several.items(), strict=False):
-        ax.plot(one.coverage, one.risk, color=colour, linewidth=1.8, label=f"{name} (area {one.aurc:.3f})")
-        ax.axhline(one.risk[-1], color=colour, linestyle="--", linewidth=1)
+    for colour, (name, one) in zip(cycle(CYCLE), named(curve, "queries").items(), strict=False):
+        plain = one if isinstance(one, RiskCoverage) else one.curve
+        area = f"{plain.aurc:.3f}"
+        if plain is not one:
+            ax.fill_between(plain.coverage, one.lower, one.upper, color=colour, alpha=0.15, linewidth=0)
+            area += f", {100 * one.aurc.level:.3g} %: {one.aurc.lower:.3f} to {one.aurc.upper:.3f}"
+        ax.plot(plain.coverage, plain.risk, color=colour, linewidth=1.8, label=f"{name} (area {area})")
+        ax.axhline(plain.risk[-1], color=colour, linestyle="--", linewidth=1)
     ax.set(xlim=(0, 1), ylim=(0, None))
-    ax.legend(fontsize=10, frameon=False)
+    ax.legend(fontsize=9, frameon=False)
     label(ax, "share of queries kept, the surest first", "error rate", "Does confidence know the mistakes?")
     return ax
 

@@ -36,10 +36,10 @@ def plot_sphere_caps(
 ) -> Axes:
     r"""Posteriors on a globe seen from far away: mean directions and credible caps, coloured by concentration.
 
-    For d = 3 the caps are exact; what lies on the far side is dashed and pale. For d = 2 the picture is a circle with one
-    arc per posterior. For d > 3 no picture shows a cap: drawn are the mean directions projected on three axes (inside
-    the ball, the nearer to the rim the more of them is seen), each with the region that the two shown coordinates of
-    its latent occupy. The title then says which axes, and which share of the squared length of the mean directions
+    For d = 3 the caps are exact; what lies on the far side is dashed and pale. For d = 2 the picture is a circle with
+    one arc per posterior. For d > 3 no picture shows a cap: drawn are the mean directions projected on three axes
+    (inside the ball, the nearer to the rim the more of them is seen), each with the region that the two shown
+    coordinates of its latent occupy. The title then says which axes, and which share of the squared length of the mean directions
     they show. Those regions treat the projected law as normal: at level 95 % they hold 93 to 97 % (d = 4 to 64,
     concentrations from d to 20 d).
 
@@ -164,9 +164,10 @@ def _fill(ax: Axes, outlines: list[FloatArray], colour: NDArray[Any], *, near: b
         return
     # a hole is an outline that runs the other way: matplotlib fills by the winding number
     paths = [Path(_turning(outline, 1.0 if k == 0 else -1.0), closed=False) for k, outline in enumerate(outlines)]
-    outline = {"linewidth": 1.2, "linestyle": "-"} if near else {"linewidth": 0.7, "linestyle": (0, (3, 3))}
-    ax.add_patch(PathPatch(Path.make_compound_path(*paths), facecolor=(*colour[:3], 0.3 if near else 0.08),
-                           edgecolor=(*colour[:3], 1.0 if near else 0.55), zorder=3 if near else 1, **outline))  # fmt: skip
+    line = {"linewidth": 1.2, "linestyle": "-"} if near else {"linewidth": 0.7, "linestyle": (0, (3, 3))}
+    face, edge = (*colour[:3], 0.3 if near else 0.08), (*colour[:3], 1.0 if near else 0.55)
+    shape = Path.make_compound_path(*paths)
+    ax.add_patch(PathPatch(shape, facecolor=face, edgecolor=edge, zorder=3 if near else 1, **line))
 
 
 def _turning(outline: FloatArray, sense: float) -> FloatArray:
@@ -178,7 +179,7 @@ def _turning(outline: FloatArray, sense: float) -> FloatArray:
 def _rings(content: Globe) -> FloatArray:
     """d = 2: the radius at which each posterior is drawn, so that the arcs do not hide each other."""
     count = len(content.points)
-    return 1.0 + min(0.06, 0.8 / count) * np.arange(1, count + 1)
+    return 1.0 + min(0.06, 0.8 / count) * np.arange(1.0, count + 1.0)
 
 
 def _draw_arcs(ax: Axes, content: Globe, colours: NDArray[Any]) -> None:

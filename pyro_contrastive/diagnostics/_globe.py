@@ -7,8 +7,8 @@ coordinates of the picture, rotated as one likes.
 * d = 3: :math:`c = \cos r,\ a = \sin^2 r,\ b = 0`, exactly the boundary circle of the cap of radius r.
 * d > 3: the cap itself would cover most of any picture, since nearly all its width is in the axes not shown. Drawn is
   the region of the *two shown coordinates*: mean and covariance of the projected law (:math:`c = A_d(\kappa)`,
-  :math:`a = s A_d/\kappa`, :math:`b = s (1 - A_d^2 - (d-1) A_d / \kappa)`; Mardia & Jupp 2000, section 9.3.2) with s the
-  level's quantile of chi-square with two degrees of freedom, as if the projection were normal.
+  :math:`a = s A_d/\kappa`, :math:`b = s (1 - A_d^2 - (d-1) A_d / \kappa)`; Mardia & Jupp 2000, section 9.3.2) with s
+  the level's quantile of chi-square with two degrees of freedom, as if the projection were normal.
 """
 
 from __future__ import annotations

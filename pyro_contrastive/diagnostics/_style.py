@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["BLUE", "CYCLE", "GREEN", "GREY", "ORANGE", "RED", "check_backend", "images", "label", "named", "new_axes", "new_figure",
-           "plain_ticks", "pvalue_text"]  # fmt: skip
+__all__ = ["BLUE", "CYCLE", "GREEN", "GREY", "ORANGE", "RED", "check_backend", "images", "label",
+           "named", "new_axes", "new_figure", "plain_ticks", "pvalue_text"]  # fmt: skip
 
 # Okabe & Ito (2008), a palette for all kinds of colour vision
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6E6E6E"

@@ -146,8 +146,8 @@ def plot_rank_histogram(
         backend: "matplotlib"; no other is there.
 
     Returns:
-        The axes. The band holds all bins of one calibrated quantity with probability at least 95 % (binomial, Bonferroni
-        over the bins).
+        The axes. The band holds all bins of one calibrated quantity with probability at least 95 % (binomial,
+        Bonferroni over the bins).
 
     Raises:
         ValueError: As `pit_values`, or for fewer than 2 bins.
@@ -193,8 +193,8 @@ def plot_tarp(
         backend: "matplotlib"; no other is there.
 
     Returns:
-        The axes. On the diagonal: accurate. An S that is high at the left and low at the right: over-confident; the other
-        way: under-confident. All on one side: biased.
+        The axes. On the diagonal: accurate. An S that is high at the left and low at the right: over-confident; the
+        other way: under-confident. All on one side: biased.
 
     Raises:
         ValueError: For an empty mapping.

@@ -39,9 +39,9 @@ def plot_sphere_caps(
     For d = 3 the caps are exact; what lies on the far side is dashed and pale. For d = 2 the picture is a circle with
     one arc per posterior. For d > 3 no picture shows a cap: drawn are the mean directions projected on three axes
     (inside the ball, the nearer to the rim the more of them is seen), each with the region that the two shown
-    coordinates of its latent occupy. The title then says which axes, and which share of the squared length of the mean directions
-    they show. Those regions treat the projected law as normal: at level 95 % they hold 93 to 97 % (d = 4 to 64,
-    concentrations from d to 20 d).
+    coordinates of its latent occupy. The title then says which axes, and which share of the squared length of the mean
+    directions they show. Those regions treat the projected law as normal: at level 95 % they hold 93 to 97 % (d = 4 to
+    64, concentrations from d to 20 d).
 
     Args:
         mean_direction: Unit vectors, shape (N, d), d >= 2. More than about 50 hide each other.

@@ -16,6 +16,7 @@ from pyro_contrastive.diagnostics.calibration import (
     uniformity_pvalue,
 )
 from pyro_contrastive.diagnostics.identifiability import Identifiability, identifiability, plot_identifiability
+from pyro_contrastive.diagnostics.khat import KHat, guide_khat, psis_khat
 from pyro_contrastive.diagnostics.partner import partner_pit, partner_probability, partner_radius
 from pyro_contrastive.diagnostics.partner_sets import partner_sets
 from pyro_contrastive.diagnostics.plots import (
@@ -29,6 +30,14 @@ from pyro_contrastive.diagnostics.plots import (
     plot_pit,
 )
 from pyro_contrastive.diagnostics.plots_retrieval import plot_credible_caps, plot_credible_sets, plot_risk_coverage
+from pyro_contrastive.diagnostics.quantities import (
+    angle_to_mean,
+    angle_to_reference,
+    coordinates,
+    cosine_to,
+    default_quantities,
+    log_density,
+)
 from pyro_contrastive.diagnostics.report import Picture, Section, image_report, sphere_report, write_html, write_summary
 from pyro_contrastive.diagnostics.representation import (
     Uniformity,
@@ -51,6 +60,10 @@ from pyro_contrastive.diagnostics.retrieval_scores import (
     risk_coverage,
     size_correlation,
 )
+from pyro_contrastive.diagnostics.sbc import SBC, adjusted_pvalues, sbc, simulator
+from pyro_contrastive.diagnostics.scores import Score, Sharpness, energy_score, log_score, sharpness
+from pyro_contrastive.diagnostics.tarp import TARP, expected_coverage, tarp
+from pyro_contrastive.diagnostics.variational_sbc import VSBC, asymmetry_pvalue, variational_sbc
 
 __all__ = [
     "AlignmentScore",
@@ -59,30 +72,48 @@ __all__ = [
     "CredibleCurve",
     "CredibleSets",
     "Identifiability",
+    "KHat",
     "Picture",
     "RankingScores",
     "RiskCoverage",
+    "SBC",
+    "Score",
     "Section",
+    "Sharpness",
+    "TARP",
     "Uniformity",
+    "VSBC",
     "accuracy_by_quartile",
+    "adjusted_pvalues",
     "aggregate_uniformity",
     "align_and_score",
+    "angle_to_mean",
+    "angle_to_reference",
+    "asymmetry_pvalue",
     "cap_area",
     "cap_pit",
     "cap_probability",
     "cap_radius",
     "class_scores",
+    "coordinates",
     "corruption_correlation",
     "cosine_correlation",
+    "cosine_to",
     "coverage",
     "credible_curve",
     "credible_sets",
+    "default_quantities",
     "direction_and_concentration",
+    "energy_score",
+    "expected_coverage",
+    "guide_khat",
     "identifiability",
     "image_report",
     "knn_accuracy",
     "knn_correct",
     "label_entropy",
+    "log_density",
+    "log_score",
     "partner_pit",
     "partner_probability",
     "partner_radius",
@@ -100,14 +131,20 @@ __all__ = [
     "plot_pit",
     "plot_risk_coverage",
     "procrustes",
+    "psis_khat",
     "rank_pit",
     "ranking_scores",
     "risk_coverage",
+    "sbc",
     "sbc_ranks",
+    "sharpness",
+    "simulator",
     "size_correlation",
     "sphere_report",
+    "tarp",
     "to_arviz",
     "uniformity_pvalue",
+    "variational_sbc",
     "write_html",
     "write_summary",
 ]

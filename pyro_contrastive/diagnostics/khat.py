@@ -1,0 +1,251 @@
+"""Pareto k-hat of a guide: do importance weights from the guide to the model have a variance?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
+from pyro_contrastive.diagnostics._run import evaluation
+from pyro_contrastive.diagnostics.arviz_bridge import _latents
+
+__all__ = ["KHat", "guide_khat", "psis_khat"]
+
+_FEWEST = 25  # draws: a tail of five
+_GOOD, _USABLE = 0.5, 0.7
+
+
+@dataclass(frozen=True, eq=False)
+class KHat:
+    """Pareto k-hat per item.
+
+    Attributes:
+        khat: Shape (N,). Below .5 the weights have a finite variance and the guide is close; up to `threshold`
+            estimates by smoothed weights can be relied on; above they cannot; above 1 not even the mean of the weights
+            exists.
+        threshold: min(1 - 1 / log10 S, .7), the largest reliable value for S draws (Vehtari et al. 2024,
+            arXiv 1507.02646).
+        items: Index of each item among the views, shape (N,).
+        num_draws: S.
+        conditional: Whether the rest of the batch was held fixed.
+    """
+
+    khat: FloatArray
+    threshold: float
+    items: NDArray[np.int64]
+    num_draws: int
+    conditional: bool
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many items are "good" (k < .5), "ok" (up to the threshold), "bad" (up to 1) and "very bad"."""
+        edges = np.array([min(_GOOD, self.threshold), self.threshold, 1.0])
+        kind = np.where(np.isnan(self.khat), 3, np.searchsorted(edges, self.khat, side="left"))
+        return dict(zip(("good", "ok", "bad", "very bad"), np.bincount(kind, minlength=4).tolist(), strict=True))
+
+
+def psis_khat(log_weights: ArrayLike | Tensor) -> FloatArray:
+    """Shape of the generalised Pareto law that fits the upper tail of importance weights.
+
+    ArviZ computes it, whose two lines expect opposite signs: `arviz.psislw` (0.x) the log weights, the accessor of 1.x
+    minus them. Here it is the log weights on both, and a large value is bad on both.
+
+    Args:
+        log_weights: log p - log q of S >= 25 draws from q, up to a constant, shape (S,) or (S, N). Minus infinity is a
+            weight of zero.
+
+    Returns:
+        k-hat, shape () or (N,). Minus infinity where the largest weights are all equal: no tail at all.
+
+    Raises:
+        ValueError: If there are fewer than 25 draws, a value is NaN or plus infinity, or all weights of an item are
+            zero.
+
+    Example:
+        >>> uniform = np.random.default_rng(0).uniform(size=100_000)
+        >>> bool(abs(psis_khat(-0.8 * np.log(uniform)) - 0.8) < 0.1)  # weights with a Pareto tail of exponent 1 / .8
+        True
+    """
+    weights = as_array(log_weights).astype(np.float64)
+    if weights.ndim not in (1, 2) or len(weights) < _FEWEST:
+        raise ValueError(
+            f"`log_weights` must be (S,) or (S, N) with S >= {_FEWEST} draws, or there is no tail to fit, "
+            f"got {weights.shape}"
+        )
+    if np.isnan(weights).any() or np.isposinf(weights).any():
+        raise ValueError(
+            "`log_weights` must not hold NaN or plus infinity; do the guide's draws lie in its own support?"
+        )
+    columns = weights.reshape(len(weights), -1).T
+    top = columns.max(axis=1, keepdims=True)
+    if np.isneginf(top).any():
+        raise ValueError("`log_weights` must hold a weight above zero for every item, got items with none")
+    columns = columns - top
+    # a tail of equal weights has no excess to fit: ArviZ 0.x calls it infinitely heavy, 1.x refuses
+    tail = int(min(len(weights) / 5, 3 * len(weights) ** 0.5)) + 1
+    cut = np.partition(columns, -tail, axis=1)[:, -tail]
+    found = np.full(len(columns), -np.inf)
+    heavy = np.exp(cut) < 1.0 - 1e-12
+    if heavy.any():
+        found[heavy] = _fit(columns[heavy])
+    return found.reshape(weights.shape[1:])
+
+
+def _fit(log_weights: FloatArray) -> FloatArray:
+    """k-hat of each row, by the installed ArviZ."""
+    import arviz
+
+    with np.errstate(all="ignore"):  # weights of zero
+        if int(arviz.__version__.split(".")[0]) < 1:
+            return np.asarray(arviz.psislw(log_weights)[1], dtype=np.float64)
+        import xarray
+
+        array = xarray.DataArray(-log_weights, dims=("item", "draw"))
+        return np.asarray(array.azstats.psislw(dim="draw")[1], dtype=np.float64)
+
+
+def guide_khat(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    views: Sequence[Any],
+    *,
+    num_draws: int = 1000,
+    rest: Literal["refuse", "condition"] = "refuse",
+    items: Sequence[int] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> KHat:
+    r"""Pareto k-hat of the guide for each item, a diagnostic of variational inference (Yao et al. 2018, algorithm 1).
+
+    The weights are :math:`p(z_i, x) / q(z_i \mid x)` of the latents of item i. That is a statement about one item only
+    if the others do not enter its terms, which holds for a hierarchy given its global latents and for
+    `recognition_factor` (the other *views* of the batch enter, but not their latents), and does not for
+    `infonce_factor`, whose rows share all
+    latents: there only the latents of the whole batch have a weight, and its k-hat says nothing but that the batch is
+    large. Whether it holds is found out by exchanging the latents of half of the items.
+
+    Args:
+        model: Pyro program or module, called as `model(*views)`.
+        guide: Pyro program or module with the same arguments.
+        views: The arguments, tensors with the N items in the leading dimension.
+        num_draws: S >= 25.
+        rest: What to do where items are coupled: "refuse" with an error, or "condition": hold the latents of the others
+            at one draw of the guide, whose own latents then are judged against :math:`p(z_i \mid z_{-i}, x)`. Costs one
+            run of the model per draw *and item*.
+        items: Which items to judge; all without.
+        seed: Seed of the draws.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        k-hat per item, with the threshold for this number of draws.
+
+    Raises:
+        ValueError: If items are coupled and `rest` is "refuse", if a site has no one value per item, if the guide has
+            no latents, or a number is out of range.
+    """
+    if num_draws < _FEWEST:
+        raise ValueError(f"`num_draws` must be >= {_FEWEST}, or there is no tail to fit, got {num_draws!r}")
+    if rest not in ("refuse", "condition"):
+        raise ValueError(f'`rest` must be "refuse" or "condition", got {rest!r}')
+    n = len(views[0])
+    chosen = np.arange(n) if items is None else np.atleast_1d(np.asarray(items, dtype=np.int64))
+    if not len(chosen) or chosen.min() < 0 or chosen.max() >= n:
+        raise ValueError(f"`items` must be indices in 0..{n - 1}, at least one, got {chosen.tolist()}")
+    with evaluation(model, guide, seed=seed):
+        program = _Program(model, guide, tuple(views), n)
+        first = program.draw()
+        coupled = n > 1 and program.coupled(first, program.draw())
+        if coupled and rest == "refuse":
+            raise ValueError(
+                "the items of this model are coupled: the latents of one enter the likelihood of others (as in an "
+                'InfoNCE factor), so that no item has a weight of its own. Use rest="condition" for k-hat given the '
+                "latents of the other items, or judge the posterior by simulations (`sbc`)"
+            )
+        weights = np.empty((num_draws, len(chosen)))
+        for s in tqdm(range(num_draws), "draws", disable=not progress):
+            trace = program.draw()
+            if not coupled:
+                weights[s] = program.per_item(trace)[chosen]
+                continue
+            log_q = program.log_q(trace)
+            for column, item in enumerate(chosen):
+                mixed = program.exchanged(first, trace, np.arange(n) == item)
+                weights[s, column] = program.log_p(mixed).sum() - log_q[item]
+    return KHat(psis_khat(weights), min(1 - 1 / np.log10(num_draws), _USABLE), chosen, num_draws, bool(coupled))
+
+
+class _Program:
+    """A model and guide with one log density per item, and the exchange of latents between two draws."""
+
+    def __init__(self, model: Any, guide: Any, views: tuple[Any, ...], num_items: int) -> None:
+        self.model, self.guide, self.views, self.num_items = model, guide, views, num_items
+
+    def draw(self) -> poutine.Trace:
+        trace = poutine.trace(self.guide).get_trace(*self.views)
+        if not _latents(trace):
+            raise ValueError("`guide` must have at least one latent sample site, got none")
+        return trace
+
+    def log_q(self, trace: poutine.Trace) -> FloatArray:
+        return self._sum(trace, "guide")
+
+    def log_p(self, trace: poutine.Trace) -> FloatArray:
+        found = poutine.trace(poutine.replay(self.model, trace=trace)).get_trace(*self.views)
+        missing = [name for name, _ in _latents(found) if name not in trace]
+        if missing:
+            raise ValueError(f"`guide` must sample every latent site of the model, got none for {missing}")
+        return self._sum(found, "model")
+
+    def per_item(self, trace: poutine.Trace) -> FloatArray:
+        return self.log_p(trace) - self.log_q(trace)
+
+    def coupled(self, one: poutine.Trace, other: poutine.Trace) -> bool:
+        """Whether the terms of an item change with the latents of the others."""
+        odd = np.arange(self.num_items) % 2 == 1
+        mixed = self.log_p(self.exchanged(one, other, odd))
+        apart = np.where(odd, self.log_p(other), self.log_p(one))
+        return not np.allclose(mixed, apart, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+    def exchanged(self, into: poutine.Trace, source: poutine.Trace, where: NDArray[np.bool_]) -> poutine.Trace:
+        """A copy of one draw that has the latents of some items from another."""
+        mixed = into.copy()
+        for name, site in _latents(into):
+            value = site["value"]
+            dim = value.dim() - site["fn"].event_dim - 1
+            if dim < 0 or value.shape[dim] != self.num_items:
+                raise ValueError(
+                    f"latent site {name!r} of the guide must have one value per item, got shape {tuple(value.shape)} "
+                    f"for {self.num_items} items; k-hat per item is for local latents: condition on the global ones "
+                    "(poutine.condition on model and guide)"
+                )
+            mask = torch.from_numpy(where).to(value.device).view(-1, *[1] * site["fn"].event_dim)
+            other: Any = source.nodes[name]["value"]
+            mixed.nodes[name] = site = mixed.nodes[name].copy()
+            site["value"] = torch.where(mask, other, value)
+        return mixed
+
+    def _sum(self, trace: poutine.Trace, program: str) -> FloatArray:
+        trace.compute_log_prob()
+        total = np.zeros(self.num_items)
+        for name, site in trace.nodes.items():
+            if site["type"] != "sample" or site_is_subsample(site):
+                continue
+            term = site["log_prob"]
+            if term.shape != (self.num_items,):
+                if not term.any():
+                    continue  # a deterministic or masked site
+                raise ValueError(
+                    f"site {name!r} of the {program} must have one log density per item, shape ({self.num_items},), "
+                    f"got {tuple(term.shape)}; condition on global latents (poutine.condition on model and guide)"
+                )
+            total += as_array(term)
+        return total

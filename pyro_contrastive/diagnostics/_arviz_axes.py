@@ -13,8 +13,9 @@ from pyro_contrastive.diagnostics._style import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DRAW", "MAX_ROWS", "Size", "arviz_module", "as_dataset", "backend_name", "chosen",
-           "collection_on", "forest_on", "forget", "group_names", "group_of", "is_1x", "num_rows", "panels_for", "scalars", "selected", "tree_of"]  # fmt: skip
+__all__ = ["DRAW", "MAX_ROWS", "Size", "arviz_module", "as_dataset", "backend_name", "chosen", "collection_on",
+           "forest_on", "forget", "group_names", "group_of", "is_1x", "num_rows", "panels_for", "scalars", "selected",
+           "tree_of"]  # fmt: skip
 
 Size = tuple[float, float]
 DRAW = ("chain", "draw")

@@ -133,6 +133,7 @@ def plot_ecdf_pit(
     backend = backend_name(az, backend)
     if is_1x():
         dataset = as_dataset({name: pit[None] for name, pit in pits.items()})
+        kwargs["visuals"] = {"ylabel": {}, **kwargs.get("visuals", {})}
         given = collection_on(az, dataset, ax, figsize, backend, kwargs)
         return az.plot_ecdf_pit(tree_of({group: dataset}), group=group, backend=backend, **given, **kwargs)
     axes = panels_for(list(pits), ax, figsize, backend)

@@ -20,6 +20,7 @@ from pyro_contrastive.diagnostics._style import (
     named,
     new_axes,
     new_figure,
+    plain_ticks,
     pvalue_text,
 )
 from pyro_contrastive.diagnostics.calibration import coverage, uniformity_pvalue
@@ -103,19 +104,23 @@ def plot_calibration_grid(
             one.xaxis.label.set_fontsize(10)
             one.yaxis.label.set_fontsize(10)
             one.tick_params(labelsize=9)
-            if row is not grid[0]:
-                one.set_title("")
-            if row is not grid[-1]:
-                one.set_xlabel("")
         row[0].get_legend().remove()
         for text in row[1].get_legend().get_texts():
             text.set_fontsize(8)
             text.set_text(text.get_text().removeprefix("posterior (").removesuffix(")"))
+        for legend in [one.get_legend() for one in row[2:] if one.get_legend() is not None]:
+            legend.get_texts()[0].set_fontsize(8)
+    for one in grid[1:].flat:
+        one.set_title("")
+    for one in grid[:-1].flat:
+        one.set_xlabel("")
     for column in range(1, shape[1]):
         for get, put in (("get_ylim", "set_ylim"), ("get_xlim", "set_xlim")):
             ends = np.array([getattr(one, get)() for one in grid[:, column]])
             for one in grid[:, column]:
                 getattr(one, put)(ends[:, 0].min(), ends[:, 1].max())
+    for one in grid[:, 2:].flat:
+        plain_ticks(one)
     return grid
 
 
@@ -234,7 +239,7 @@ def plot_reliability(
     Raises:
         ValueError: For an empty mapping.
     """
-    ax = new_axes(ax, figsize, backend)
+    ax = new_axes(ax, figsize, backend, default=(5.2, 5.0))
     ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="calibrated")
     for colour, (name, one) in zip(cycle(CYCLE), named(check, "model").items(), strict=False):
         curve = getattr(one, "reliability", one)
@@ -247,7 +252,7 @@ def plot_reliability(
         share = 0.2 * curve.counts / curve.counts.max()
         ax.stairs(share, curve.edges, color=colour, fill=True, alpha=0.2)
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    ax.legend(fontsize=9, frameon=False, loc="upper left")
+    ax.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))  # no curve ever runs there
     label(ax, "stated probability of the likeliest", "share of them right", "Prediction of the partner")
     return ax
 

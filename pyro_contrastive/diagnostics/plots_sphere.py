@@ -201,7 +201,11 @@ def _draw_truth(ax: Axes, content: Globe, truth: FloatArray, inside: NDArray[Any
     near = truth[:, 2] >= 0 if content.dim > 2 else np.ones(len(truth), dtype=bool)
     for colour, held in (("black", inside), (RED, ~inside)):
         for side, alpha in ((near, 1.0), (~near, 0.45)):
-            ax.plot(*truth[held & side][:, :2].T, "x", color=colour, alpha=alpha, markersize=6, zorder=5)
-    marks = [Line2D([], [], marker="x", linestyle="", color="black", label=f"truth in its cap: {inside.sum()}"),
-             Line2D([], [], marker="x", linestyle="", color=RED, label=f"outside: {(~inside).sum()}")]  # fmt: skip
+            ax.plot(*truth[held & side][:, :2].T, "x", color=colour, alpha=alpha, markersize=6, zorder=5,
+                    markeredgewidth=1.2 if colour == "black" else 2.0)  # fmt: skip
+    style: dict[str, Any] = {"marker": "x", "linestyle": ""}
+    marks = [
+        Line2D([], [], color="black", label=f"truth in its cap: {inside.sum()}", **style),
+        Line2D([], [], color=RED, markeredgewidth=2.0, label=f"outside: {(~inside).sum()}", **style),
+    ]
     ax.legend(handles=marks, fontsize=10, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -100,10 +101,7 @@ def sphere_html(
         "LEGEND": legend,
         "DATA": script,
     }
-    page = _PAGE
-    for key, value in fill.items():  # the data last: nothing in them is read as a place to fill
-        page = page.replace(f"@{key}@", value)
-    return page
+    return re.sub("@([A-Z]+)@", lambda place: fill[place[1]], _PAGE)  # in one pass: what is filled in is not read again
 
 
 _PAGE = """<!DOCTYPE html>

@@ -50,7 +50,7 @@ def save(figure: Figure, path: Path, *, colours: int = 64) -> None:
     """A PNG with a palette, a third of the size of a full one."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
-    small = Image.open(buffer).convert("RGB").quantize(colours, kmeans=1, dither=Image.Dither.NONE)
+    small = Image.open(buffer).convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
     print(f"{path} ({path.stat().st_size / 1e3:.0f} kB)")
 

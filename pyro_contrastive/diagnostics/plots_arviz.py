@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import stats
 
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
 from pyro_contrastive.diagnostics._arviz_axes import (
@@ -138,7 +139,8 @@ def plot_ecdf_pit(
         return az.plot_ecdf_pit(tree_of({group: dataset}), group=group, backend=backend, **given, **kwargs)
     axes = panels_for(list(pits), ax, figsize, backend)
     settings = {
-        "cdf": _uniform_cdf,
+        "cdf": stats.uniform().cdf,
+        "rvs": stats.uniform().rvs,
         "eval_points": np.linspace(0.0, 1.0, 201),
         "difference": True,
         "confidence_bands": True,
@@ -392,10 +394,6 @@ def plot_khat(
     kwargs["visuals"] = {"hlines": {}, **kwargs.get("visuals", {})}
     given = collection_on(az, values.to_dataset(name="pareto_k"), ax, figsize, backend, kwargs, by_variable=False)
     return az.plot_khat(SimpleNamespace(pareto_k=values, good_k=good_k), backend=backend, **given, **kwargs)
-
-
-def _uniform_cdf(x: FloatArray) -> FloatArray:
-    return np.clip(x, 0.0, 1.0)
 
 
 def _is_index(observed: np.ndarray) -> bool:

@@ -60,14 +60,22 @@ class SBC:
             and draw = M: `prior_sbc` holds the integer ranks, `prior_sbc_pit` the PIT values. Draw the second:
             `plot_ecdf_pit(dt, group="prior_sbc_pit")`; of ranks ArviZ takes the largest *observed* one for S.
         """
-        from pyro_contrastive.diagnostics.arviz_bridge import _container
+        import arviz
+        import xarray
 
+        attrs = {"num_draws": self.num_draws, "arviz_version": arviz.__version__}
         groups: dict[str, Mapping[str, NDArray[Any]]] = {"prior_sbc": self.ranks, "prior_sbc_pit": self.pit}
-        labelled: dict[str, Any] = {
-            group: {name: (("chain", "draw"), values[None]) for name, values in variables.items()}
+        datasets: dict[str, Any] = {
+            group: xarray.Dataset(
+                {name: (("chain", "draw"), values[None]) for name, values in variables.items()},
+                coords={"chain": [0], "draw": np.arange(len(next(iter(variables.values()))))},
+                attrs=attrs,
+            )
             for group, variables in groups.items()
         }
-        return _container(labelled, {}, {"inference_library": "pyro", "num_draws": self.num_draws})
+        if int(arviz.__version__.split(".")[0]) >= 1:
+            return xarray.DataTree.from_dict(datasets)
+        return arviz.InferenceData(**datasets)
 
 
 def sbc(

@@ -188,7 +188,7 @@ def sharpness(posterior: Any, *, level: float = 0.95, num_draws: int = 1000, see
     if not 0 < level < 1:
         raise ValueError(f"`level` must lie in (0, 1), got {level!r}")
     posterior = batched(posterior, (tuple(posterior.batch_shape) or (1,))[0])
-    n, dim = len(posterior.mean), posterior.event_shape[0]
+    n, dim = posterior.batch_shape[0], posterior.event_shape[0]
     if isinstance(posterior, sphere.HypersphericalUniform):
         radius = cap_radius(level, np.zeros(n), dim)
         return Sharpness(radius, np.zeros(n), as_array(posterior.entropy()).astype(np.float64), level)
@@ -210,7 +210,7 @@ def sharpness(posterior: Any, *, level: float = 0.95, num_draws: int = 1000, see
 
 def _entropy(posterior: Any, num_draws: int, seed: int) -> FloatArray:
     if _is_point(posterior):
-        return np.full(len(posterior.mean), -np.inf)
+        return np.full(posterior.batch_shape, -np.inf)
     with torch.no_grad():
         try:
             return as_array(posterior.entropy()).astype(np.float64)

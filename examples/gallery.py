@@ -46,11 +46,11 @@ def simulation(world: SphereWorld, kind: str) -> tuple[Any, Any]:
     return (lambda batch: posterior(world, batch, kind)), simulate
 
 
-def save(figure: Figure, path: Path, *, colours: int = 64) -> None:
+def save(figure: Figure, path: Path, *, dpi: int = 100) -> None:
     """A PNG with a palette, a third of the size of a full one."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    small = Image.open(buffer).convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    figure.savefig(buffer, format="png", dpi=dpi)
+    small = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
     print(f"{path} ({path.stat().st_size / 1e3:.0f} kB)")
 
@@ -81,7 +81,7 @@ def caps(out: Path, seed: int) -> None:
         if world.dim == 3:
             page = diagnostics.sphere_html(q.mean_direction, q.concentration, **given)
             (out / "gallery_caps.html").write_text(page, "utf-8")
-    save(figure, out / "gallery_caps.png", colours=128)
+    save(figure, out / "gallery_caps.png", dpi=90)
 
 
 def calibration(out: Path, seed: int) -> None:
@@ -94,7 +94,7 @@ def calibration(out: Path, seed: int) -> None:
     axes = diagnostics.plot_calibration_grid(
         pit, concentration=concentration, true_concentration=batch.concentration1, figsize=(9.6, 10.4)
     )
-    save(axes[0, 0].figure, out / "gallery_grid.png")
+    save(axes[0, 0].figure, out / "gallery_grid.png", dpi=88)
 
     ranks = {}
     for kind in ("exact", "over-confident"):

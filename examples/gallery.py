@@ -50,8 +50,10 @@ def save(figure: Figure, path: Path, *, dpi: int = 100) -> None:
     """A PNG with a palette, a third of the size of a full one."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
-    small = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    small.save(path, optimize=True)
+    image = Image.open(buffer).convert("RGB")
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*image.quantize(255).getpalette()[: 3 * 255], 0xD5, 0x5E, 0x00])  # few pixels, but they matter
+    image.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path} ({path.stat().st_size / 1e3:.0f} kB)")
 
 

@@ -119,6 +119,9 @@ def plot_calibration_grid(
             ends = np.array([getattr(one, get)() for one in grid[:, column]])
             for one in grid[:, column]:
                 getattr(one, put)(ends[:, 0].min(), ends[:, 1].max())
+    low, high = grid[0, 1].get_ylim()
+    for one in grid[:, 1]:
+        one.set_ylim(low, high + 0.2 * (high - low))  # the legends stay clear of the curves of all rows
     for one in grid[:, 2:].flat:
         plain_ticks(one)
     return grid

@@ -1,6 +1,6 @@
 """Draw the gallery of docs/plots.md: known worlds, their exact posteriors and deliberately wrong ones; no training.
 
-``--out DIR --seed N``; without ``--out`` into docs/figures, where the page looks for them.
+``--out DIR --seed N --small``; without ``--out`` into docs/figures, where the page looks for them.
 """
 
 from __future__ import annotations
@@ -51,9 +51,12 @@ def save(figure: Figure, path: Path, *, dpi: int = 100) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     image = Image.open(buffer).convert("RGB")
-    palette = Image.new("P", (1, 1))
-    palette.putpalette([*image.quantize(255).getpalette()[: 3 * 255], 0xD5, 0x5E, 0x00])  # few pixels, but they matter
-    image.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
+    few = image.quantize(255, dither=Image.Dither.NONE)
+    red = (0xD5, 0x5E, 0x00)  # of missed truths: few pixels, which would lose their colour
+    pixels = np.where(np.abs(np.array(image, dtype=int) - red).sum(axis=2) < 90, 255, np.array(few))
+    small = Image.fromarray(pixels.astype(np.uint8))
+    small.putpalette([*few.getpalette()[: 3 * 255], *red])
+    small.save(path, optimize=True)
     print(f"{path} ({path.stat().st_size / 1e3:.0f} kB)")
 
 
@@ -70,7 +73,7 @@ def grid(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, An
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def caps(out: Path, seed: int) -> None:
+def caps(out: Path, seed: int, _: int) -> None:
     """Posterior caps on the 2-sphere and on three axes of ten; the first also as a page that turns."""
     globe, wide = SphereWorld(dim=3, concentration=(8.0, 400.0)), SphereWorld(dim=10)
     figure, axes = grid(1, 2, (10.4, 4.9))
@@ -86,10 +89,10 @@ def caps(out: Path, seed: int) -> None:
     save(figure, out / "gallery_caps.png", dpi=90)
 
 
-def calibration(out: Path, seed: int) -> None:
+def calibration(out: Path, seed: int, num_items: int) -> None:
     """The grid over methods, rank histograms and TARP, and ArviZ's ECDF of the same PIT values."""
     world = SphereWorld(dim=10)
-    batch = world.sample(NUM_ITEMS, seed)
+    batch = world.sample(num_items, seed)
     laws = {kind: posterior(world, batch, kind) for kind in POSTERIORS}
     pit = {kind: diagnostics.cap_pit(law, batch.z1) for kind, law in laws.items()}
     concentration = {kind: law.concentration for kind, law in laws.items()}
@@ -103,7 +106,7 @@ def calibration(out: Path, seed: int) -> None:
         law, simulate = simulation(world, kind)
         quantities = {"z_1": lambda z: z[..., 0], "angle": diagnostics.angle_to_mean}
         ranks[kind] = diagnostics.sbc(
-            law, simulate, num_simulations=NUM_ITEMS, num_draws=NUM_DRAWS, quantities=quantities, seed=seed
+            law, simulate, num_simulations=num_items, num_draws=NUM_DRAWS, quantities=quantities, seed=seed
         )
     tarp = {kind: diagnostics.tarp(laws[kind], batch.z1, num_draws=NUM_DRAWS, seed=seed) for kind in POSTERIORS[:3]}
     figure, axes = grid(1, 2, (10.4, 4.3))
@@ -116,10 +119,10 @@ def calibration(out: Path, seed: int) -> None:
     save(figure_of(diagnostics.plot_ecdf_pit(angles, figsize=(8.4, 3.6))), out / "gallery_ecdf_pit.png")
 
 
-def checks(out: Path, seed: int) -> None:
+def checks(out: Path, seed: int, num_items: int) -> None:
     """Model checks on held-out pairs: reliability, comparison, risk and coverage."""
     world = SphereWorld(dim=10)
-    batch = world.sample(NUM_ITEMS, seed)
+    batch = world.sample(num_items, seed)
     found, nearest = {}, []
     for kind in POSTERIORS:
         laws = posterior(world, batch, kind, 1), posterior(world, batch, kind, 2)
@@ -136,7 +139,7 @@ def checks(out: Path, seed: int) -> None:
     save(diagnostics.plot_comparison(diagnostics.compare(found)).figure, out / "gallery_comparison.png")
 
 
-def arviz_plots(out: Path, seed: int) -> None:
+def arviz_plots(out: Path, seed: int, _: int) -> None:
     """ArviZ's own: a forest of angles, and the k-hat of a posterior that is too narrow."""
     world = SphereWorld(dim=10)
     batch = world.sample(100, seed)
@@ -153,10 +156,11 @@ def main(argv: list[str] | None = None) -> None:
     figures = Path(__file__).parents[1] / "docs" / "figures"
     parser.add_argument("--out", type=Path, default=figures, metavar="DIR", help="default: docs/figures")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--small", action="store_true", help="few items only: shows that it runs")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     for draw in (caps, calibration, checks, arviz_plots):
-        draw(args.out, args.seed)
+        draw(args.out, args.seed, 200 if args.small else NUM_ITEMS)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def energy_score(
     Z and Z' are independent draws of the posterior (Gneiting & Raftery 2007, section 4.3). With the chord
     :math:`|z - z'|` it is strictly proper: only the exact posterior has the smallest expectation. The angle
     (``"geodesic"``, in radians) is of negative type as well, so the score is proper, but not strictly: it does not see
-    what two laws differ by when that is the same at z and -z (Lyons 2020, arXiv 2001.02746).
+    what two laws differ by when that is the same at z and -z (Lyons 2020, arXiv 1905.02863).
 
     Both expectations are estimated without bias: the first from all draws, the second from all pairs within groups of
     16 draws, whose error is small beside that of the truth itself. Memory is that of one group of draws for all items.

@@ -68,7 +68,7 @@ def log_score(posterior: Any, truth: ArrayLike | Tensor) -> Score:
     if _is_point(posterior):
         raise ValueError("`log_score` needs a posterior with a density, got Delta; use `energy_score`")
     with torch.no_grad():
-        return _score(as_array(posterior.log_prob(_like(points, posterior))).astype(np.float64))
+        return _score(as_array(posterior.log_prob(points)).astype(np.float64))
 
 
 def energy_score(
@@ -221,9 +221,3 @@ def _entropy(posterior: Any, num_draws: int, seed: int) -> FloatArray:
 
 def _is_point(posterior: Any) -> bool:
     return type(posterior).__name__ == "Delta"
-
-
-def _like(points: Tensor, posterior: Any) -> Tensor:
-    """The points in the precision of the posterior, exactly on its sphere."""
-    reference = next((value for value in vars(posterior).values() if isinstance(value, Tensor)), points)
-    return points.to(reference.dtype if reference.is_floating_point() else points.dtype)

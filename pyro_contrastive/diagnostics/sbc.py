@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from pyro_contrastive.diagnostics import quantities as q
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
-from pyro_contrastive.diagnostics._draws import batched, device_of, draw_pieces
+from pyro_contrastive.diagnostics._draws import as_draw_of, batched, draw_pieces
 from pyro_contrastive.diagnostics._run import evaluation
 from pyro_contrastive.diagnostics.alignment import procrustes
 from pyro_contrastive.diagnostics.calibration import rank_pit, uniformity_pvalue
@@ -181,14 +181,13 @@ class _Batches:
             inputs, truth = simulated(self.simulate, n, derived_seed(self.seed, 5, stream, position) >> 31)
             inputs = inputs.to(self.device) if isinstance(inputs, Tensor) else inputs
             judged = batched(self.law(inputs), n)
-            truth = truth if isinstance(truth, Tensor) else torch.as_tensor(as_array(truth))
+            truth = as_draw_of(judged, truth)
             if truth.shape != (n, *judged.event_shape):
                 raise ValueError(
                     f"`simulate({n}, seed)` must return truths of shape {(n, *judged.event_shape)}, as a draw of the "
                     f"posterior, got {tuple(truth.shape)}"
                 )
-            truth = truth.detach().to(device_of(judged))
-            yield judged, truth.to(torch.get_default_dtype()) if not truth.is_floating_point() else truth
+            yield judged, truth
 
 
 def _rotation(run: _Batches, num_items: int) -> Tensor:

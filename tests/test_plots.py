@@ -57,6 +57,13 @@ def test_each_plot_draws_on_given_axes(name):
     assert ax.has_data() and ax.get_title()
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_each_plot_takes_a_size_and_refuses_other_backends(name):
+    assert tuple(CALLS[name](figsize=(4.0, 3.0), backend="matplotlib").figure.get_size_inches()) == (4.0, 3.0)
+    with pytest.raises(ValueError, match="`backend` must be \"matplotlib\" for this plot, got 'plotly'"):
+        CALLS[name](backend="plotly")
+
+
 def test_pit_curve_leaves_the_band_when_the_test_rejects():
     def leaves(pit):
         ax = plots.plot_pit(pit)

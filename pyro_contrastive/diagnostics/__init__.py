@@ -59,7 +59,23 @@ from pyro_contrastive.diagnostics.plots import (
     plot_neighbours,
     plot_pit,
 )
+from pyro_contrastive.diagnostics.plots_arviz import (
+    pit_values,
+    plot_ecdf_pit,
+    plot_forest,
+    plot_khat,
+    plot_ppc_pit,
+    plot_rank,
+)
+from pyro_contrastive.diagnostics.plots_calibration import (
+    plot_calibration_grid,
+    plot_comparison,
+    plot_rank_histogram,
+    plot_reliability,
+    plot_tarp,
+)
 from pyro_contrastive.diagnostics.plots_retrieval import plot_credible_caps, plot_credible_sets, plot_risk_coverage
+from pyro_contrastive.diagnostics.plots_sphere import plot_sphere_caps
 from pyro_contrastive.diagnostics.predictive import PartnerCheck, Reliability, partner_check
 from pyro_contrastive.diagnostics.quantities import (
     angle_to_mean,
@@ -109,6 +125,7 @@ from pyro_contrastive.diagnostics.selective import (
     rank_agreement,
     selective_risk,
 )
+from pyro_contrastive.diagnostics.sphere_html import sphere_html
 from pyro_contrastive.diagnostics.tarp import TARP, expected_coverage, tarp
 from pyro_contrastive.diagnostics.variational_sbc import VSBC, asymmetry_pvalue, variational_sbc
 
@@ -204,18 +221,30 @@ __all__ = [
     "partner_radius",
     "partner_sets",
     "pit_band",
+    "pit_values",
     "plot_accuracy_by_quartile",
     "plot_aggregate",
+    "plot_calibration_grid",
+    "plot_comparison",
     "plot_concentration_recovery",
     "plot_concentration_vs_corruption",
     "plot_coverage",
     "plot_credible_caps",
     "plot_credible_sets",
+    "plot_ecdf_pit",
+    "plot_forest",
     "plot_history",
     "plot_identifiability",
+    "plot_khat",
     "plot_neighbours",
     "plot_pit",
+    "plot_ppc_pit",
+    "plot_rank",
+    "plot_rank_histogram",
+    "plot_reliability",
     "plot_risk_coverage",
+    "plot_sphere_caps",
+    "plot_tarp",
     "procrustes",
     "psis_khat",
     "rank_agreement",
@@ -228,6 +257,7 @@ __all__ = [
     "sharpness",
     "simulator",
     "size_correlation",
+    "sphere_html",
     "sphere_report",
     "stream_arviz",
     "tarp",

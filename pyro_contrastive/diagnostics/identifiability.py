@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_contrastive.diagnostics._arrays import FloatArray
-from pyro_contrastive.diagnostics.plots import _BLUE, _GREY, _ORANGE, _axes, _label
+from pyro_contrastive.diagnostics._style import BLUE, GREY, ORANGE, label, new_axes
 from pyro_contrastive.distributions import VonMisesFisher
 from pyro_contrastive.factors import infonce_log_ratio
 from pyro_contrastive.kernels import expected_log_ratio
@@ -219,32 +219,40 @@ def identifiability(
     )
 
 
-def plot_identifiability(result: Identifiability, *, ax: Axes | None = None) -> Axes:
+def plot_identifiability(
+    result: Identifiability,
+    *,
+    ax: Axes | None = None,
+    figsize: tuple[float, float] | None = None,
+    backend: str = "matplotlib",
+) -> Axes:
     r"""Held-out evidence against the width of the pair kernel, with the item widths moved along and kept.
 
     Args:
         result: From :func:`identifiability`.
         ax: Axes to draw on; a new figure without.
+        figsize: Width and height of the new figure in inches.
+        backend: "matplotlib"; no other is there.
 
     Returns:
         The axes. The horizontal axis is 1/kappa_pos, so that infinity has a place on it. Where the curve of the moved
         widths stays within its band of two standard errors around zero, the level of the concentrations is an
         assumption.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax, figsize, backend)
     x = 1 / result.pair_concentration
     for name, colour, value, error in (
-        ("item widths kept", _ORANGE, result.alone, result.alone_error),
-        ("item widths moved along", _BLUE, result.compensated, result.compensated_error),
+        ("item widths kept", ORANGE, result.alone, result.alone_error),
+        ("item widths moved along", BLUE, result.compensated, result.compensated_error),
     ):
         ax.fill_between(x, value - 2 * error, value + 2 * error, color=colour, alpha=0.2, linewidth=0)
         ax.plot(x, value, color=colour, marker="o", markersize=4, linewidth=1.8, label=name)
-    ax.axhline(0.0, color=_GREY, linestyle="--", linewidth=1)
-    ax.axvline(x[result.fitted], color=_GREY, linestyle=":", linewidth=1.2, label="as fitted")
+    ax.axhline(0.0, color=GREY, linestyle="--", linewidth=1)
+    ax.axvline(x[result.fitted], color=GREY, linestyle=":", linewidth=1.2, label="as fitted")
     lowest = min(float(result.compensated.min()), 0.0)
     ax.set_ylim(min(3 * lowest, -0.3), max(0.1, 1.3 * float(max(result.compensated.max(), result.alone.max()))))
     ax.legend(fontsize=10, frameon=False)
-    _label(
+    label(
         ax,
         "1 / κ_pos  (0: one shared latent)",
         "held-out evidence, nats per pair",

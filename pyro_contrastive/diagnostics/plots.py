@@ -7,6 +7,7 @@ neither pyplot nor the user's backend or settings are touched: `plot_coverage(c)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,19 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from pyro_contrastive.diagnostics._arrays import as_array
+from pyro_contrastive.diagnostics._style import (
+    BLUE,
+    CYCLE,
+    GREY,
+    ORANGE,
+    RED,
+    images,
+    label,
+    named,
+    new_axes,
+    plain_ticks,
+    pvalue_text,
+)
 from pyro_contrastive.diagnostics.calibration import Coverage, uniformity_pvalue
 from pyro_contrastive.diagnostics.representation import aggregate_uniformity
 
@@ -32,54 +46,40 @@ __all__ = [
     "plot_pit",
 ]
 
-# Okabe & Ito (2008), a palette for all kinds of colour vision
-_BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6E6E6E"
-_CYCLE = (_BLUE, _ORANGE, _GREEN, _RED, "#CC79A7", "#56B4E9")
 
-
-def _axes(ax: Axes | None, size: tuple[float, float] = (5.2, 4.2)) -> Axes:
-    if ax is None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=size, layout="constrained", dpi=150)
-        FigureCanvasAgg(figure)
-        ax = figure.add_subplot()
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=10)
-    return ax
-
-
-def _label(ax: Axes, x: str, y: str, title: str) -> None:
-    ax.set_xlabel(x, fontsize=11)
-    ax.set_ylabel(y, fontsize=11)
-    ax.set_title(title, fontsize=12)
-
-
-def plot_coverage(coverage: Coverage | Mapping[str, Coverage], *, ax: Axes | None = None) -> Axes:
+def plot_coverage(
+    coverage: Coverage | Mapping[str, Coverage],
+    *,
+    ax: Axes | None = None,
+    figsize: tuple[float, float] | None = None,
+    backend: str = "matplotlib",
+) -> Axes:
     """Nominal against empirical coverage of credible caps, with 95 % Wilson intervals.
 
     Args:
         coverage: One `Coverage`, or several by name.
         ax: Axes to draw on; a new figure without.
+        figsize: Width and height of the new figure in inches.
+        backend: "matplotlib"; no other is there.
 
     Returns:
         The axes. On the diagonal: calibrated. Below: over-confident. Above: under-confident.
     """
-    ax = _axes(ax)
-    ax.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1, label="calibrated")
-    several = {"credible caps": coverage} if isinstance(coverage, Coverage) else coverage
-    for colour, (name, one) in zip(_CYCLE, several.items(), strict=False):
+    ax = new_axes(ax, figsize, backend)
+    ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="calibrated")
+    for colour, (name, one) in zip(cycle(CYCLE), named(coverage, "credible caps").items(), strict=False):
         ax.fill_between(one.levels, one.lower, one.upper, color=colour, alpha=0.2, linewidth=0)
         marker = "o" if len(one.levels) <= 12 else ""
         ax.plot(one.levels, one.empirical, color=colour, marker=marker, markersize=5, linewidth=1.8, label=name)
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     ax.legend(fontsize=10, frameon=False)
-    _label(ax, "nominal level of the cap", "share of true points inside", "Coverage of credible caps")
+    label(ax, "nominal level of the cap", "share of true points inside", "Coverage of credible caps")
     return ax
 
 
-def plot_pit(pit: ArrayLike, *, ax: Axes | None = None) -> Axes:
+def plot_pit(
+    pit: ArrayLike, *, ax: Axes | None = None, figsize: tuple[float, float] | None = None, backend: str = "matplotlib"
+) -> Axes:
     """Distribution function of PIT values minus that of the uniform, with a simultaneous 95 % band.
 
     The band is that of the Kolmogorov-Smirnov test (exact for N items), so the curve leaves it exactly when
@@ -89,32 +89,38 @@ def plot_pit(pit: ArrayLike, *, ax: Axes | None = None) -> Axes:
     Args:
         pit: PIT values in [0, 1], shape (N,).
         ax: Axes to draw on; a new figure without.
+        figsize: Width and height of the new figure in inches.
+        backend: "matplotlib"; no other is there.
 
     Returns:
         The axes. A curve above zero: under-confident posteriors (truths too often near the centre). Below:
         over-confident.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax, figsize, backend)
     values = np.sort(np.asarray(pit, dtype=np.float64))
     pvalue = uniformity_pvalue(values)
     n = len(values)
     band = stats.kstwo.ppf(0.95, n)
-    ax.axhspan(-band, band, color=_GREY, alpha=0.2, linewidth=0, label="95 % band if calibrated")
-    ax.axhline(0.0, color=_GREY, linestyle="--", linewidth=1)
+    ax.axhspan(-band, band, color=GREY, alpha=0.2, linewidth=0, label="95 % band if calibrated")
+    ax.axhline(0.0, color=GREY, linestyle="--", linewidth=1)
     # both sides of every step of the empirical distribution function
     x = np.r_[0.0, np.repeat(values, 2), 1.0]
     y = np.r_[0.0, np.repeat(np.arange(n + 1) / n, 2)[1:-1], 1.0] - x
-    name = f"p = {pvalue:.2g}" if pvalue >= 1e-6 else "p < 1e-6"
-    ax.plot(x, y, color=_BLUE, linewidth=1.5, label=f"posterior ({name})")
+    ax.plot(x, y, color=BLUE, linewidth=1.5, label=f"posterior ({pvalue_text(pvalue)})")
     low, high = min(y.min(), -band), max(y.max(), band)
     ax.set(xlim=(0, 1), ylim=(low - 0.1 * (high - low), high + 0.35 * (high - low)))  # room for the legend
     ax.legend(fontsize=10, frameon=False, loc="upper right")
-    _label(ax, "PIT: level of the cap that reaches the truth", "ECDF - uniform", "Calibration at every level")
+    label(ax, "PIT: level of the cap that reaches the truth", "ECDF - uniform", "Calibration at every level")
     return ax
 
 
 def plot_concentration_recovery(
-    truth: ArrayLike | torch.Tensor, estimate: ArrayLike | torch.Tensor, *, ax: Axes | None = None
+    truth: ArrayLike | torch.Tensor,
+    estimate: ArrayLike | torch.Tensor,
+    *,
+    ax: Axes | None = None,
+    figsize: tuple[float, float] | None = None,
+    backend: str = "matplotlib",
 ) -> Axes:
     """True against estimated concentrations on logarithmic axes, with the identity.
 
@@ -122,40 +128,27 @@ def plot_concentration_recovery(
         truth: True concentrations, shape (N,), > 0.
         estimate: Estimated ones, shape (N,); infinite ones are left out and counted in the title.
         ax: Axes to draw on; a new figure without.
+        figsize: Width and height of the new figure in inches.
+        backend: "matplotlib"; no other is there.
 
     Returns:
         The axes.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax, figsize, backend)
     truth, estimate = as_array(truth).astype(np.float64), as_array(estimate).astype(np.float64)
     shown = np.isfinite(truth) & np.isfinite(estimate)
-    ax.scatter(truth[shown], estimate[shown], s=6, color=_BLUE, alpha=0.35, linewidth=0, rasterized=True)
+    ax.scatter(truth[shown], estimate[shown], s=6, color=BLUE, alpha=0.35, linewidth=0, rasterized=True)
     title = "Concentration recovery"
     if not shown.all():
         title += f" ({int((~shown).sum())} infinite not shown)"
     if shown.any():
         low, high = truth[shown].min(), truth[shown].max()
-        ax.plot([low, high], [low, high], color=_RED, linestyle="--", linewidth=1.5, label="identity")
+        ax.plot([low, high], [low, high], color=RED, linestyle="--", linewidth=1.5, label="identity")
         ax.legend(fontsize=10, frameon=False)
         ax.set(xscale="log", yscale="log")
-    _plain_ticks(ax)
-    _label(ax, "true concentration", "estimated concentration", title)
+    plain_ticks(ax)
+    label(ax, "true concentration", "estimated concentration", title)
     return ax
-
-
-def _plain_ticks(ax: Axes, which: Sequence[str] = ("x", "y")) -> None:
-    """Labels a logarithmic axis by plain numbers (20, 50, 100), at decades only where it spans many of them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-
-    for axis in (getattr(ax, f"{name}axis") for name in which):
-        if axis.get_scale() != "log":
-            continue
-        low, high = axis.get_view_interval()
-        if high / low < 300:
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 5, 7)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_locator(NullLocator())
-        axis.set_minor_formatter(NullFormatter())
 
 
 def plot_concentration_vs_corruption(
@@ -164,6 +157,8 @@ def plot_concentration_vs_corruption(
     *,
     num_bins: int = 12,
     ax: Axes | None = None,
+    figsize: tuple[float, float] | None = None,
+    backend: str = "matplotlib",
 ) -> Axes:
     """Concentration of each item against the corruption applied to it, with median and quartiles in bins.
 
@@ -172,46 +167,54 @@ def plot_concentration_vs_corruption(
         concentration: Concentrations, shape (N,); infinite ones are left out.
         num_bins: Bins of equal size in number of items.
         ax: Axes to draw on; a new figure without.
+        figsize: Width and height of the new figure in inches.
+        backend: "matplotlib"; no other is there.
 
     Returns:
         The axes. It should fall from left to right.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax, figsize, backend)
     level, kappa = as_array(level).astype(np.float64), as_array(concentration).astype(np.float64)
     level, kappa = level[np.isfinite(kappa)], kappa[np.isfinite(kappa)]
-    ax.scatter(level, kappa, s=8, color=_BLUE, alpha=0.3, linewidth=0, rasterized=True, label="images")
+    ax.scatter(level, kappa, s=8, color=BLUE, alpha=0.3, linewidth=0, rasterized=True, label="images")
     groups = [g for g in np.array_split(np.argsort(level, kind="stable"), min(num_bins, max(len(level), 1))) if len(g)]
     if groups:
         centre = np.array([np.median(level[g]) for g in groups])
         quartiles = np.array([np.quantile(kappa[g], [0.25, 0.5, 0.75]) for g in groups])
-        ax.fill_between(
-            centre, quartiles[:, 0], quartiles[:, 2], color=_RED, alpha=0.25, linewidth=0, label="quartiles"
-        )
-        ax.plot(centre, quartiles[:, 1], color=_RED, marker="o", markersize=4, label="median")
+        ax.fill_between(centre, quartiles[:, 0], quartiles[:, 2], color=RED, alpha=0.25, linewidth=0, label="quartiles")
+        ax.plot(centre, quartiles[:, 1], color=RED, marker="o", markersize=4, label="median")
         ax.set_yscale("log")
         ax.legend(fontsize=10, frameon=False)
-    _plain_ticks(ax, ("y",))
-    _label(ax, "corruption applied", "concentration of the posterior", "Does damage widen the posterior?")
+    plain_ticks(ax, ("y",))
+    label(ax, "corruption applied", "concentration of the posterior", "Does damage widen the posterior?")
     return ax
 
 
-def plot_accuracy_by_quartile(accuracy: ArrayLike | Mapping[str, ArrayLike], *, ax: Axes | None = None) -> Axes:
+def plot_accuracy_by_quartile(
+    accuracy: ArrayLike | Mapping[str, ArrayLike],
+    *,
+    ax: Axes | None = None,
+    figsize: tuple[float, float] | None = None,
+    backend: str = "matplotlib",
+) -> Axes:
     """Accuracy from the surest to the least sure group of items, as bars.
 
     Args:
         accuracy: Accuracies in [0, 1], shape (G,), the surest group first; or several by name.
         ax: Axes to draw on; a new figure without.
+        figsize: Width and height of the new figure in inches.
+        backend: "matplotlib"; no other is there.
 
     Returns:
         The axes.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax, figsize, backend)
     several = accuracy if isinstance(accuracy, Mapping) else {"": accuracy}
     width = 0.8 / len(several)
     for index, (name, values) in enumerate(several.items()):
         heights = np.asarray(values, dtype=np.float64)
         x = np.arange(len(heights)) + (index - (len(several) - 1) / 2) * width
-        bars = ax.bar(x, heights, width=0.92 * width, color=_CYCLE[index % len(_CYCLE)], label=name or None)
+        bars = ax.bar(x, heights, width=0.92 * width, color=CYCLE[index % len(CYCLE)], label=name or None)
         ax.bar_label(bars, fmt="%.2f", fontsize=10 if len(several) < 3 else 8, padding=2)
     groups = len(heights)
     middle = [{2: "2nd", 3: "3rd"}.get(k, f"{k}th") for k in range(2, groups)]
@@ -220,7 +223,7 @@ def plot_accuracy_by_quartile(accuracy: ArrayLike | Mapping[str, ArrayLike], *, 
     ax.set_ylim(0, 1.08)
     if any(several):
         ax.legend(fontsize=10, frameon=False)
-    _label(ax, f"{'quartile' if groups == 4 else 'group'} of concentration", "accuracy", "Is the sure posterior right?")
+    label(ax, f"{'quartile' if groups == 4 else 'group'} of concentration", "accuracy", "Is the sure posterior right?")
     return ax
 
 
@@ -233,6 +236,8 @@ def plot_neighbours(
     neighbour_labels: Sequence[Sequence[object]] | None = None,
     title: str = "",
     ax: Axes | None = None,
+    figsize: tuple[float, float] | None = None,
+    backend: str = "matplotlib",
 ) -> Axes:
     """Query images, one per row, each followed by its nearest neighbours.
 
@@ -244,17 +249,19 @@ def plot_neighbours(
         neighbour_labels: Labels (Q, K); with `labels`, neighbours of another label get a frame.
         title: Title of the picture.
         ax: Axes to draw on; a new figure without.
+        figsize: Width and height of the new figure in inches.
+        backend: "matplotlib"; no other is there.
 
     Returns:
         The axes.
     """
     from matplotlib.patches import Rectangle
 
-    query, near = _images(as_array(queries), 3), _images(as_array(neighbours), 4)
+    query, near = images(as_array(queries), 3), images(as_array(neighbours), 4)
     kappa = as_array(concentration)
     rows, columns, height, width = near.shape[:4]
     gap, wide_gap = 0.15, 0.7  # in image widths
-    ax = _axes(ax, (1.5 + 0.62 * (columns + 1.7), 0.5 + 0.72 * rows))
+    ax = new_axes(ax, figsize, backend, default=(1.5 + 0.62 * (columns + 1.7), 0.5 + 0.72 * rows))
     for row in range(rows):
         for column in range(columns + 1):
             left = column * (1 + gap) + (wide_gap if column else 0.0)
@@ -263,7 +270,7 @@ def plot_neighbours(
             ax.imshow(image, extent=(left, left + 1, bottom, bottom + 1), cmap="gray", vmin=0, vmax=1, zorder=1)
             wrong = column and labels is not None and neighbour_labels is not None
             if wrong and neighbour_labels[row][column - 1] != labels[row]:  # type: ignore[index]
-                ax.add_patch(Rectangle((left, bottom), 1, 1, fill=False, edgecolor=_ORANGE, linewidth=2.5, zorder=2))
+                ax.add_patch(Rectangle((left, bottom), 1, 1, fill=False, edgecolor=ORANGE, linewidth=2.5, zorder=2))
         text = f"κ = {kappa[row]:.3g}" + ("" if labels is None else f"\nlabel {labels[row]}")
         ax.text(-0.15, (rows - 1 - row) * (1 + gap) + 0.5, text, ha="right", va="center", fontsize=10)
     ax.set(xlim=(-1.7, (columns + 1) * (1 + gap) + wide_gap), ylim=(-gap, rows * (1 + gap)), aspect="equal")
@@ -272,14 +279,13 @@ def plot_neighbours(
     return ax
 
 
-def _images(images: np.ndarray, batch_and_pixels: int) -> np.ndarray:
-    """(..., H, W) or (..., C, H, W) to (..., H, W) or (..., H, W, 3)."""
-    if images.ndim == batch_and_pixels:
-        return images
-    return images[..., 0, :, :] if images.shape[-3] == 1 else np.moveaxis(images, -3, -1)
-
-
-def plot_aggregate(points: ArrayLike | torch.Tensor, *, ax: Axes | None = None) -> Axes:
+def plot_aggregate(
+    points: ArrayLike | torch.Tensor,
+    *,
+    ax: Axes | None = None,
+    figsize: tuple[float, float] | None = None,
+    backend: str = "matplotlib",
+) -> Axes:
     r"""Coordinates of one draw per item along the principal axes, against those of uniform points.
 
     The distribution function of the cosine to each principal axis of the points (the eigenvectors of their second
@@ -288,11 +294,13 @@ def plot_aggregate(points: ArrayLike | torch.Tensor, *, ax: Axes | None = None) 
     Args:
         points: One draw per item, shape (N, d) on the unit sphere.
         ax: Axes to draw on; a new figure without.
+        figsize: Width and height of the new figure in inches.
+        backend: "matplotlib"; no other is there.
 
     Returns:
         The axes. All curves on the dashed one: uniform, as the identification of the posterior needs.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax, figsize, backend)
     z = as_array(points).astype(np.float64)
     result = aggregate_uniformity(z)
     _, vectors = np.linalg.eigh(z.T @ z)
@@ -300,8 +308,8 @@ def plot_aggregate(points: ArrayLike | torch.Tensor, *, ax: Axes | None = None) 
     grid = np.linspace(-1, 1, 401)
     height = (np.arange(len(z)) + 0.5) / len(z)
     for index, axis in enumerate(vectors.T):
-        extreme = {0: (_ORANGE, "least used axis"), d - 1: (_BLUE, "most used axis")}.get(index)
-        colour, name = extreme or (_GREY, None)
+        extreme = {0: (ORANGE, "least used axis"), d - 1: (BLUE, "most used axis")}.get(index)
+        colour, name = extreme or (GREY, None)
         style: dict[str, Any] = (
             {"alpha": 1.0, "linewidth": 1.8, "zorder": 2} if extreme else {"alpha": 0.25, "linewidth": 0.8}
         )
@@ -315,27 +323,35 @@ def plot_aggregate(points: ArrayLike | torch.Tensor, *, ax: Axes | None = None) 
     ax.set(xlim=(-reach, reach), ylim=(0, 1))
     ax.legend(fontsize=10, frameon=False, loc="upper left")
     summary = f"mean length {result.mean_resultant_length:.3f}, eigenvalue ratio {result.eigenvalue_ratio:.2f}"
-    _label(ax, "cosine to a principal axis", "share of draws below", f"Aggregate posterior\n{summary}")
+    label(ax, "cosine to a principal axis", "share of draws below", f"Aggregate posterior\n{summary}")
     return ax
 
 
-def plot_history(history: Mapping[str, Sequence[float]], *, ax: Axes | None = None) -> Axes:
+def plot_history(
+    history: Mapping[str, Sequence[float]],
+    *,
+    ax: Axes | None = None,
+    figsize: tuple[float, float] | None = None,
+    backend: str = "matplotlib",
+) -> Axes:
     """Loss (and its parts) against training steps.
 
     Args:
         history: Curves by name, one value per row. A column "step" is the horizontal axis (without it, the row); "lr"
             is not a loss and left out.
         ax: Axes to draw on; a new figure without.
+        figsize: Width and height of the new figure in inches.
+        backend: "matplotlib"; no other is there.
 
     Returns:
         The axes. Long curves are shown as a thin line under a running median.
     """
     from scipy.ndimage import median_filter
 
-    ax = _axes(ax)
+    ax = new_axes(ax, figsize, backend)
     curves = {name: values for name, values in history.items() if name not in ("step", "lr")}
     for index, (name, values) in enumerate(curves.items()):
-        colour, y = _CYCLE[index % len(_CYCLE)], np.asarray(values, dtype=np.float64)
+        colour, y = CYCLE[index % len(CYCLE)], np.asarray(values, dtype=np.float64)
         if not len(y):
             continue
         x = np.asarray(history.get("step", range(1, len(y) + 1)), dtype=np.float64)
@@ -346,5 +362,5 @@ def plot_history(history: Mapping[str, Sequence[float]], *, ax: Axes | None = No
     ax.set_xlim(left=0)
     if curves:
         ax.legend(fontsize=10, frameon=False)
-    _label(ax, "step", "loss per item", "Training")
+    label(ax, "step", "loss per item", "Training")
     return ax

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,12 +11,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from pyro_contrastive.diagnostics._arrays import as_array
-from pyro_contrastive.diagnostics.plots import _BLUE, _CYCLE, _GREY, _ORANGE, _axes, _images, _label
+from pyro_contrastive.diagnostics._style import BLUE, CYCLE, GREY, ORANGE, images, label, named, new_axes
 from pyro_contrastive.diagnostics.retrieval import CredibleSets
 from pyro_contrastive.diagnostics.retrieval_scores import RiskCoverage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from pyro_contrastive.diagnostics.selective import SelectiveRisk
 
 __all__ = ["plot_credible_caps", "plot_credible_sets", "plot_risk_coverage"]
 
@@ -32,6 +35,8 @@ def plot_credible_sets(
     num_items: int = 10,
     title: str = "From sure to unsure: queries and their credible sets",
     ax: Axes | None = None,
+    figsize: tuple[float, float] | None = None,
+    backend: str = "matplotlib",
 ) -> Axes:
     """Query images from the surest to the least sure, each followed by its credible set.
 
@@ -46,6 +51,8 @@ def plot_credible_sets(
         num_items: Items shown at most per set, evenly spaced from the nearest to the farthest.
         title: Title of the picture.
         ax: Axes to draw on; a new figure without.
+        figsize: Width and height of the new figure in inches.
+        backend: "matplotlib"; no other is there.
 
     Returns:
         The axes.
@@ -55,7 +62,7 @@ def plot_credible_sets(
     """
     from matplotlib.patches import Rectangle
 
-    kappa, query, item = as_array(concentration), _images(as_array(queries), 3), _images(as_array(gallery), 3)
+    kappa, query, item = as_array(concentration), images(as_array(queries), 3), images(as_array(gallery), 3)
     if kappa.shape != (len(sets),) or len(query) != len(sets) or len(item) != sets.num_items:
         raise ValueError(
             f"`concentration` and `queries` must have {len(sets)} entries and `gallery` {sets.num_items}, as `sets` "
@@ -64,7 +71,7 @@ def plot_credible_sets(
     own, other = (None if names is None else as_array(names) for names in (labels, gallery_labels))
     chosen = _sure_to_unsure(kappa, num_queries)
     gap, before = 0.15, 0.6  # in image widths
-    ax = _axes(ax, (2.2 + 0.55 * (num_items + 1 + before), 0.5 + 0.66 * len(chosen)))
+    ax = new_axes(ax, figsize, backend, default=(2.2 + 0.55 * (num_items + 1 + before), 0.5 + 0.66 * len(chosen)))
     for row, index in enumerate(chosen):
         bottom = (len(chosen) - 1 - row) * (1 + gap)
         members = sets[index]
@@ -73,7 +80,7 @@ def plot_credible_sets(
             left = column * (1 + gap) + (before if column else 0.0)
             ax.imshow(image, extent=(left, left + 1, bottom, bottom + 1), cmap="gray", vmin=0, vmax=1, zorder=1)
             if column and own is not None and other is not None and other[shown[column - 1]] != own[index]:
-                ax.add_patch(Rectangle((left, bottom), 1, 1, fill=False, edgecolor=_ORANGE, linewidth=2.5, zorder=2))
+                ax.add_patch(Rectangle((left, bottom), 1, 1, fill=False, edgecolor=ORANGE, linewidth=2.5, zorder=2))
         name = "" if own is None else f"\nlabel {own[index]}"
         ax.text(-0.15, bottom + 0.5, f"κ = {kappa[index]:.3g}{name}", ha="right", va="center", fontsize=10)
         right = before + (len(shown) + 1) * (1 + gap)
@@ -95,6 +102,8 @@ def plot_credible_caps(
     gallery_labels: ArrayLike | torch.Tensor | None = None,
     num_queries: int = 8,
     ax: Axes | None = None,
+    figsize: tuple[float, float] | None = None,
+    backend: str = "matplotlib",
 ) -> Axes:
     """Credible sets without images: one row per query, its items as marks at their angle to the mean direction.
 
@@ -106,6 +115,8 @@ def plot_credible_caps(
         gallery_labels: Label of each item, shape (M,); with `labels`, items of another label have their own colour.
         num_queries: Rows; the queries are evenly spaced in the order of their concentrations, the surest on top.
         ax: Axes to draw on; a new figure without.
+        figsize: Width and height of the new figure in inches.
+        backend: "matplotlib"; no other is there.
 
     Returns:
         The axes.
@@ -122,16 +133,16 @@ def plot_credible_caps(
         )
     own, other = (None if names is None else as_array(names) for names in (labels, gallery_labels))
     chosen = _sure_to_unsure(kappa, num_queries)
-    ax = _axes(ax, (5.6, 0.9 + 0.36 * len(chosen)))
+    ax = new_axes(ax, figsize, backend, default=(5.6, 0.9 + 0.36 * len(chosen)))
     angle = np.degrees(np.arccos(np.clip(sets.cosines, -1.0, 1.0)))
     for row, index in enumerate(chosen):
         entries = slice(sets.indptr[index], sets.indptr[index + 1])
         if reach is not None:
-            ax.barh(row, reach[index], height=0.7, color=_GREY, alpha=0.25, linewidth=0, zorder=1)
+            ax.barh(row, reach[index], height=0.7, color=GREY, alpha=0.25, linewidth=0, zorder=1)
         right = np.ones(len(angle[entries]), dtype=bool)
         if own is not None and other is not None:
             right = other[sets.indices[entries]] == own[index]
-        for colour, kept, name in ((_BLUE, right, "same label"), (_ORANGE, ~right, "another label")):
+        for colour, kept, name in ((BLUE, right, "same label"), (ORANGE, ~right, "another label")):
             legend = name if row == 0 and own is not None else None
             x = angle[entries][kept]
             ax.plot(x, np.full(len(x), row), "|", color=colour, markersize=9, markeredgewidth=0.8, label=legend)
@@ -139,7 +150,7 @@ def plot_credible_caps(
     ax.set(ylim=(len(chosen) - 0.4, -0.6), xlim=(0, None))
     if own is not None:
         ax.legend(fontsize=10, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _label(
+    label(
         ax,
         "angle to the query in degrees",
         "",
@@ -148,24 +159,40 @@ def plot_credible_caps(
     return ax
 
 
-def plot_risk_coverage(curve: RiskCoverage | Mapping[str, RiskCoverage], *, ax: Axes | None = None) -> Axes:
+def plot_risk_coverage(
+    curve: RiskCoverage | SelectiveRisk | Mapping[str, RiskCoverage | SelectiveRisk],
+    *,
+    ax: Axes | None = None,
+    figsize: tuple[float, float] | None = None,
+    backend: str = "matplotlib",
+) -> Axes:
     """Error rate among the most confident queries against the share of queries kept.
 
     Args:
-        curve: One `RiskCoverage`, or several by name.
+        curve: One `RiskCoverage`, or what `selective_risk` returns, which adds a pointwise band and an interval of the
+            area; or several by name.
         ax: Axes to draw on; a new figure without.
+        figsize: Width and height of the new figure in inches.
+        backend: "matplotlib"; no other is there.
 
     Returns:
         The axes. A curve that rises from the left: confidence knows where the mistakes are.
+
+    Raises:
+        ValueError: For an empty mapping.
     """
-    ax = _axes(ax)
-    several = {"queries": curve} if isinstance(curve, RiskCoverage) else curve
-    for colour, (name, one) in zip(_CYCLE, several.items(), strict=False):
-        ax.plot(one.coverage, one.risk, color=colour, linewidth=1.8, label=f"{name} (area {one.aurc:.3f})")
-        ax.axhline(one.risk[-1], color=colour, linestyle="--", linewidth=1)
+    ax = new_axes(ax, figsize, backend)
+    for colour, (name, one) in zip(cycle(CYCLE), named(curve, "queries").items(), strict=False):
+        plain = one if isinstance(one, RiskCoverage) else one.curve
+        area = f"{plain.aurc:.3f}"
+        if plain is not one:
+            ax.fill_between(plain.coverage, one.lower, one.upper, color=colour, alpha=0.15, linewidth=0)
+            area += f", {100 * one.aurc.level:.3g} %: {one.aurc.lower:.3f} to {one.aurc.upper:.3f}"
+        ax.plot(plain.coverage, plain.risk, color=colour, linewidth=1.8, label=f"{name} (area {area})")
+        ax.axhline(plain.risk[-1], color=colour, linestyle="--", linewidth=1)
     ax.set(xlim=(0, 1), ylim=(0, None))
-    ax.legend(fontsize=10, frameon=False)
-    _label(ax, "share of queries kept, the surest first", "error rate", "Does confidence know the mistakes?")
+    ax.legend(fontsize=9, frameon=False)
+    label(ax, "share of queries kept, the surest first", "error rate", "Does confidence know the mistakes?")
     return ax
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from pyro import poutine
-from pyro.poutine.util import site_is_factor, site_is_subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
+from pyro_contrastive.diagnostics._passes import is_latent
 from pyro_contrastive.diagnostics._run import evaluation
 
 __all__ = ["KHat", "guide_khat", "psis_khat"]
@@ -244,10 +245,4 @@ class _Program:
 
 def _latents(trace: poutine.Trace) -> list[tuple[str, Any]]:
     """Sites that carry a latent value."""
-    return [
-        (name, site)
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and not (site["is_observed"] or site_is_subsample(site) or site_is_factor(site))
-        and not (site["infer"] or {}).get("is_auxiliary")
-    ]
+    return [(name, site) for name, site in trace.nodes.items() if is_latent(site)]

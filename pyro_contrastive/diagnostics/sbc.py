@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from pyro_contrastive.diagnostics import quantities as q
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
+from pyro_contrastive.diagnostics._container import build, describe
 from pyro_contrastive.diagnostics._draws import as_draw_of, batched, draw_pieces
 from pyro_contrastive.diagnostics._run import evaluation
 from pyro_contrastive.diagnostics.alignment import procrustes
@@ -60,22 +61,15 @@ class SBC:
             and draw = M: `prior_sbc` holds the integer ranks, `prior_sbc_pit` the PIT values. Draw the second:
             `plot_ecdf_pit(dt, group="prior_sbc_pit")`; of ranks ArviZ takes the largest *observed* one for S.
         """
-        import arviz
-        import xarray
-
-        attrs = {"num_draws": self.num_draws, "arviz_version": arviz.__version__}
         groups: dict[str, Mapping[str, NDArray[Any]]] = {"prior_sbc": self.ranks, "prior_sbc_pit": self.pit}
-        datasets: dict[str, Any] = {
-            group: xarray.Dataset(
-                {name: (("chain", "draw"), values[None]) for name, values in variables.items()},
-                coords={"chain": [0], "draw": np.arange(len(next(iter(variables.values()))))},
-                attrs=attrs,
-            )
-            for group, variables in groups.items()
-        }
-        if int(arviz.__version__.split(".")[0]) >= 1:
-            return xarray.DataTree.from_dict(datasets)
-        return arviz.InferenceData(**datasets)
+        return build(
+            {
+                group: {name: (("chain", "draw"), values[None]) for name, values in variables.items()}
+                for group, variables in groups.items()
+            },
+            coords={},
+            attrs=describe(num_draws=self.num_draws),
+        )
 
 
 def sbc(

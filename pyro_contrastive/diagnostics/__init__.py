@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyro_contrastive.diagnostics._intervals import Estimate
 from pyro_contrastive.diagnostics.alignment import AlignmentScore, align_and_score, cosine_correlation, procrustes
 from pyro_contrastive.diagnostics.arviz_bridge import to_arviz
 from pyro_contrastive.diagnostics.calibration import (
@@ -15,6 +16,7 @@ from pyro_contrastive.diagnostics.calibration import (
     sbc_ranks,
     uniformity_pvalue,
 )
+from pyro_contrastive.diagnostics.comparison import Comparison, compare
 from pyro_contrastive.diagnostics.identifiability import Identifiability, identifiability, plot_identifiability
 from pyro_contrastive.diagnostics.khat import KHat, guide_khat, psis_khat
 from pyro_contrastive.diagnostics.partner import partner_pit, partner_probability, partner_radius
@@ -30,6 +32,7 @@ from pyro_contrastive.diagnostics.plots import (
     plot_pit,
 )
 from pyro_contrastive.diagnostics.plots_retrieval import plot_credible_caps, plot_credible_sets, plot_risk_coverage
+from pyro_contrastive.diagnostics.predictive import PartnerCheck, Reliability, partner_check
 from pyro_contrastive.diagnostics.quantities import (
     angle_to_mean,
     angle_to_reference,
@@ -37,6 +40,14 @@ from pyro_contrastive.diagnostics.quantities import (
     cosine_to,
     default_quantities,
     log_density,
+)
+from pyro_contrastive.diagnostics.recovery import (
+    AxisRecovery,
+    ConcentrationRecovery,
+    LinearRecovery,
+    concentration_recovery,
+    linear_r2,
+    mcc,
 )
 from pyro_contrastive.diagnostics.report import Picture, Section, image_report, sphere_report, write_html, write_summary
 from pyro_contrastive.diagnostics.representation import (
@@ -62,23 +73,38 @@ from pyro_contrastive.diagnostics.retrieval_scores import (
 )
 from pyro_contrastive.diagnostics.sbc import SBC, adjusted_pvalues, sbc, simulator
 from pyro_contrastive.diagnostics.scores import Score, Sharpness, energy_score, log_score, sharpness
+from pyro_contrastive.diagnostics.selective import (
+    SelectiveRisk,
+    entropy_agreement,
+    ood_auroc,
+    rank_agreement,
+    selective_risk,
+)
 from pyro_contrastive.diagnostics.tarp import TARP, expected_coverage, tarp
 from pyro_contrastive.diagnostics.variational_sbc import VSBC, asymmetry_pvalue, variational_sbc
 
 __all__ = [
     "AlignmentScore",
+    "AxisRecovery",
     "ClassScores",
+    "Comparison",
+    "ConcentrationRecovery",
     "Coverage",
     "CredibleCurve",
     "CredibleSets",
+    "Estimate",
     "Identifiability",
     "KHat",
+    "LinearRecovery",
+    "PartnerCheck",
     "Picture",
     "RankingScores",
+    "Reliability",
     "RiskCoverage",
     "SBC",
     "Score",
     "Section",
+    "SelectiveRisk",
     "Sharpness",
     "TARP",
     "Uniformity",
@@ -95,6 +121,8 @@ __all__ = [
     "cap_probability",
     "cap_radius",
     "class_scores",
+    "compare",
+    "concentration_recovery",
     "coordinates",
     "corruption_correlation",
     "cosine_correlation",
@@ -105,6 +133,7 @@ __all__ = [
     "default_quantities",
     "direction_and_concentration",
     "energy_score",
+    "entropy_agreement",
     "expected_coverage",
     "guide_khat",
     "identifiability",
@@ -112,8 +141,12 @@ __all__ = [
     "knn_accuracy",
     "knn_correct",
     "label_entropy",
+    "linear_r2",
     "log_density",
     "log_score",
+    "mcc",
+    "ood_auroc",
+    "partner_check",
     "partner_pit",
     "partner_probability",
     "partner_radius",
@@ -132,11 +165,13 @@ __all__ = [
     "plot_risk_coverage",
     "procrustes",
     "psis_khat",
+    "rank_agreement",
     "rank_pit",
     "ranking_scores",
     "risk_coverage",
     "sbc",
     "sbc_ranks",
+    "selective_risk",
     "sharpness",
     "simulator",
     "size_correlation",

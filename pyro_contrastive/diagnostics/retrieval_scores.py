@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_contrastive.diagnostics import _search
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
+from pyro_contrastive.diagnostics._intervals import mean_and_error
 from pyro_contrastive.diagnostics._search import CredibleSets, index_left_out, unit_points
 from pyro_contrastive.diagnostics.alignment import spearman_correlation
 from pyro_contrastive.diagnostics.retrieval import Backend, credible_sets
@@ -98,6 +99,10 @@ class CredibleCurve:
         precision: Mean over the sets that are not empty; NaN where all are.
         recall: Mean over the queries whose class the gallery holds.
         f1: Mean F1.
+        size_se: Standard error of `size` over the queries, in this gallery; NaN for a single query.
+        precision_se: Of `precision`.
+        recall_se: Of `recall`.
+        f1_se: Of `f1`.
     """
 
     alphas: FloatArray
@@ -106,6 +111,10 @@ class CredibleCurve:
     precision: FloatArray
     recall: FloatArray
     f1: FloatArray
+    size_se: FloatArray
+    precision_se: FloatArray
+    recall_se: FloatArray
+    f1_se: FloatArray
 
 
 def credible_curve(
@@ -141,8 +150,12 @@ def credible_curve(
     for alpha in alphas.tolist():
         sets = credible_sets(queries, gallery, alpha=alpha, exclude=exclude, backend=backend)
         scores = class_scores(sets, labels, gallery_labels, exclude=exclude)
-        means = [_mean(values) for values in (scores.precision, scores.recall, scores.f1)]
-        points.append([scores.size.mean(), (scores.size == 0).mean(), *means])
+        figures = [
+            mean_and_error(values[~np.isnan(values)])
+            for values in (scores.size.astype(np.float64), scores.precision, scores.recall, scores.f1)
+        ]
+        (size, *means), errors = zip(*figures, strict=True)
+        points.append([size, (scores.size == 0).mean(), *means, *errors])
     return CredibleCurve(alphas, *np.array(points, dtype=np.float64).T)
 
 

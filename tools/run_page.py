@@ -12,11 +12,12 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 PAIR = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<shown>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
 
-def run(text: str, name: str = "page") -> list[tuple[str, str, float]]:
+def run(text: str, name: str = "page") -> tuple[list[tuple[str, str, float]], dict[str, Any]]:
     """Run the blocks of a page in one namespace.
 
     Args:
@@ -25,9 +26,9 @@ def run(text: str, name: str = "page") -> list[tuple[str, str, float]]:
 
     Returns:
         For each block what the page shows below it (empty where it shows nothing), what it printed, and the CPU
-        seconds that it took.
+        seconds that it took; and the names that they left behind.
     """
-    namespace: dict[str, object] = {"__name__": "page"}
+    namespace: dict[str, Any] = {"__name__": "page"}
     done = []
     for block in PAIR.finditer(text):
         printed, started = io.StringIO(), time.process_time()
@@ -36,7 +37,7 @@ def run(text: str, name: str = "page") -> list[tuple[str, str, float]]:
         with contextlib.redirect_stdout(printed):
             exec(compile(code, name, "exec"), namespace)
         done.append((block["shown"] or "", printed.getvalue(), time.process_time() - started))
-    return done
+    return done, namespace
 
 
 def renew(text: str, printed: list[str]) -> str:
@@ -60,7 +61,7 @@ def renew(text: str, printed: list[str]) -> str:
 
 if __name__ == "__main__":
     page = Path(sys.argv[1])
-    results = run(page.read_text(), page.name)
+    results, _ = run(page.read_text(), page.name)
     page.write_text(renew(page.read_text(), [output for _, output, _ in results]))
     print("CPU seconds by block:", " ".join(f"{seconds:.1f}" for *_, seconds in results))
     print(f"CPU seconds in all: {sum(seconds for *_, seconds in results):.1f}")

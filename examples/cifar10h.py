@@ -228,7 +228,9 @@ def run_fold(data: Cifar10H, fold: int, args: argparse.Namespace) -> dict[str, A
     for concentration, lr, dim, steps in itertools.product(args.concentration, args.lr, args.dim, args.steps):
         candidate = f"k{concentration:g}-lr{lr:g}-d{dim}-n{steps}"
         with seeded(derived_seed(args.seed, fold)):
-            guide = guides.VonMisesFisher(Encoder(args.width, pool=args.pool, centre=args.centre, bf16=args.bf16), dim)
+            guide = guides.VonMisesFisher(
+                Encoder(args.width, pool=args.pool, centre=args.centre, bf16=args.bf16), dim, batch_norm=False
+            )
         build = SelectedNegatives if args.negatives == "dissimilar" else models.MCInfoNCE
         model = build(guide, concentration=concentration, evidence=args.evidence)
         result = fit(

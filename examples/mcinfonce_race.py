@@ -28,7 +28,6 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "moment-matched": {"evidence": "moment_matched"},
     **{f"{k} samples": {"evidence": "k_sample", "num_samples": k} for k in (16, 64, 512)},
 }
-PAIR_CONCENTRATION = 20.0
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,6 +36,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--cpu-seconds", type=float, default=240.0, metavar="S", help="of each; default: %(default)s")
     parser.add_argument("--dim", type=int, default=10, metavar="D", help="default: %(default)s")
+    parser.add_argument(
+        "--concentration",
+        nargs=2,
+        type=float,
+        default=(16.0, 64.0),
+        metavar="KAPPA",
+        help="range of the true ones; default: 16 64",
+    )
+    parser.add_argument(
+        "--pair-concentration", type=float, default=20.0, metavar="KAPPA", help="known to all; default: %(default)s"
+    )
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/race"), metavar="DIR", help="default: %(default)s")
@@ -79,7 +89,7 @@ class Watched:
 
 def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train one contender for its CPU time; give the curve of its error."""
-    world = SphereWorld(args.dim, (16.0, 64.0), PAIR_CONCENTRATION)
+    world = SphereWorld(args.dim, tuple(args.concentration), args.pair_concentration)
     test = world.sample(2_500, seed=1)
     with seeded(args.seed):
         guide = guides.VonMisesFisher(nets.mlp([world.observed_dim, 128, 128]), args.dim)
@@ -92,7 +102,7 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
         curve.append({"step": step, "cpu_seconds": seconds, "kappa_error": float(errors.mean())})
 
     def train(guide: guides.VonMisesFisher, stream: Watched, steps: int, progress: bool | str) -> None:
-        model = models.MCInfoNCE(guide, concentration=PAIR_CONCENTRATION, **CONTENDERS[name])
+        model = models.MCInfoNCE(guide, concentration=args.pair_concentration, **CONTENDERS[name])
         fit(model, guide, stream, steps=steps, lr=2e-3, seed=args.seed, device="cpu", progress=progress)
 
     begin: list[float] = []
@@ -104,7 +114,8 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     stream = Watched(world.batches(args.batch_size, args.seed), marks, note)
     train(guide, stream, steps, name)
     note(steps, stream.seconds())
-    return {"name": name, "dim": args.dim, "batch_size": args.batch_size, "seed": args.seed, "curve": curve}
+    settings = {key: getattr(args, key) for key in ("dim", "concentration", "pair_concentration", "batch_size", "seed")}
+    return {"name": name, **settings, "curve": curve}
 
 
 def draw(folder: Path, file: Path) -> None:

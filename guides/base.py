@@ -93,13 +93,16 @@ class RecognitionGuide(Module):
         encoder: any module ``x -> (N, features)``.
         dim: d >= 2; latents live on the sphere of R^d.
         features: width of the encoder's output; read off its last layer when omitted.
+        batch_norm: standardise the features over the batch before the heads (`torch.nn.BatchNorm1d` without learned
+            parameters). Features behind a rectifier are all positive, so without it all directions start near one
+            another, and from d = 32 on a fit may never get them apart. Needs two items or more in training mode.
 
     Raises:
         TypeError: for an encoder that is not a module.
         ValueError: for ``dim`` < 2, or a width that cannot be read off or is < 1.
     """
 
-    def __init__(self, encoder: nn.Module, dim: int, *, features: int | None = None) -> None:
+    def __init__(self, encoder: nn.Module, dim: int, *, features: int | None = None, batch_norm: bool = True) -> None:
         super().__init__()
         if not isinstance(encoder, nn.Module):
             raise TypeError(f"`encoder` must be a torch.nn.Module, got {type(encoder).__name__}")
@@ -112,6 +115,7 @@ class RecognitionGuide(Module):
         elif not isinstance(features, int) or features < 1:
             raise ValueError(f"`features` must be an integer >= 1, the width of the encoder's output, got {features!r}")
         self.features = features
+        self.batch_norm = nn.BatchNorm1d(features, affine=False) if batch_norm else None
         self._pass = _Pass()
 
     def _posterior(self, features: Tensor) -> TorchDistribution:
@@ -133,6 +137,13 @@ class RecognitionGuide(Module):
     def _recognise(self, features: Tensor) -> TorchDistribution:
         """The recognition law, its heads in full precision: only the encoder runs under ``torch.autocast``."""
         with torch.autocast(features.device.type, enabled=False):
+            if self.batch_norm is not None:
+                if self.training and len(features) == 1:
+                    raise ValueError(
+                        "standardising features over the batch needs at least 2, got 1; use a larger batch to train, "
+                        "guide.eval() to recognise single items, or build the guide with batch_norm=False"
+                    )
+                features = self.batch_norm(features)
             return self._posterior(features)
 
     def posterior(self, x: Tensor) -> TorchDistribution:

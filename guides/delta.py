@@ -21,13 +21,14 @@ class Delta(RecognitionGuide):
         encoder: any module ``x -> (N, features)``.
         dim: d >= 2.
         features: width of the encoder's output; read off its last layer when omitted.
+        batch_norm: standardise the features over the batch before the heads.
 
     Raises:
         ValueError: see :class:`~pyro_contrastive.guides.base.RecognitionGuide`.
     """
 
-    def __init__(self, encoder: nn.Module, dim: int, *, features: int | None = None) -> None:
-        super().__init__(encoder, dim, features=features)
+    def __init__(self, encoder: nn.Module, dim: int, *, features: int | None = None, batch_norm: bool = True) -> None:
+        super().__init__(encoder, dim, features=features, batch_norm=batch_norm)
         self.direction = DirectionHead(self.features, dim)
 
     def _posterior(self, features: Tensor) -> DeltaDistribution:

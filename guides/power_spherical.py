@@ -19,6 +19,7 @@ class PowerSpherical(RecognitionGuide):
         encoder: any module ``x -> (N, features)``.
         dim: d >= 2.
         features: width of the encoder's output; read off its last layer when omitted.
+        batch_norm: standardise the features over the batch before the heads.
         initial_concentration: kappa at the start of training, by default 1.5 (d - 1), where the mean resultant length
             kappa / (kappa + d - 1) is 0.6.
 
@@ -32,9 +33,10 @@ class PowerSpherical(RecognitionGuide):
         dim: int,
         *,
         features: int | None = None,
+        batch_norm: bool = True,
         initial_concentration: float | None = None,
     ) -> None:
-        super().__init__(encoder, dim, features=features)
+        super().__init__(encoder, dim, features=features, batch_norm=batch_norm)
         if initial_concentration is None:
             initial_concentration = INITIAL_RESULTANT_LENGTH / (1 - INITIAL_RESULTANT_LENGTH) * (dim - 1)
         self.direction = DirectionHead(self.features, dim)

@@ -24,6 +24,7 @@ class ProjectedNormal(RecognitionGuide):
         encoder: any module ``x -> (N, features)``.
         dim: d >= 2.
         features: width of the encoder's output; read off its last layer when omitted.
+        batch_norm: standardise the features over the batch before the heads.
         initial_scale: sigma at the start of training, by default sqrt((1/0.6^2 - 1)/d), where a draw's cosine to the
             mean direction is about 0.6.
 
@@ -32,9 +33,15 @@ class ProjectedNormal(RecognitionGuide):
     """
 
     def __init__(
-        self, encoder: nn.Module, dim: int, *, features: int | None = None, initial_scale: float | None = None
+        self,
+        encoder: nn.Module,
+        dim: int,
+        *,
+        features: int | None = None,
+        batch_norm: bool = True,
+        initial_scale: float | None = None,
     ) -> None:
-        super().__init__(encoder, dim, features=features)
+        super().__init__(encoder, dim, features=features, batch_norm=batch_norm)
         if initial_scale is None:
             initial_scale = math.sqrt((1 / INITIAL_RESULTANT_LENGTH**2 - 1) / dim)
         self.direction = DirectionHead(self.features, dim)

@@ -21,6 +21,7 @@ class VonMisesFisher(RecognitionGuide):
         encoder: any module ``x -> (N, features)``.
         dim: d >= 2.
         features: width of the encoder's output; read off its last layer when omitted.
+        batch_norm: standardise the features over the batch before the heads.
         initial_concentration: kappa at the start of training. By default the value at which the mean resultant length
             is 0.6 in this dimension (kappa about 0.93 d: 9 for d = 10, 120 for d = 128): neither uniform, where
             nothing is learned, nor a point, where widths do not matter.
@@ -41,9 +42,10 @@ class VonMisesFisher(RecognitionGuide):
         dim: int,
         *,
         features: int | None = None,
+        batch_norm: bool = True,
         initial_concentration: float | None = None,
     ) -> None:
-        super().__init__(encoder, dim, features=features)
+        super().__init__(encoder, dim, features=features, batch_norm=batch_norm)
         if initial_concentration is None:
             length = torch.tensor(INITIAL_RESULTANT_LENGTH, dtype=torch.float64)
             initial_concentration = inverse_bessel_ratio(dim, length).item()

@@ -221,3 +221,26 @@ def test_module_parameters_stay_out_of_the_store_in_local_mode(family):
         guide = make(family)
         guide(torch.randn(6, 8), torch.randn(6, 8))
     assert list(pyro.get_param_store().keys()) == []
+
+
+def test_directions_start_apart_with_batch_norm_and_crowded_without():
+    def mean_length(**options):
+        torch.manual_seed(0)
+        guide = guides.VonMisesFisher(mlp([32, 128, 128]), 64, **options)
+        return guide.posterior(torch.randn(512, 32)).mean_direction.mean(0).norm().item()
+
+    assert mean_length() < 0.2
+    assert mean_length(batch_norm=False) > 0.6
+
+
+def test_single_items_are_recognised_in_eval_mode_only():
+    guide = guides.VonMisesFisher(mlp([6, 16]), 3)
+    x = torch.randn(64, 6)
+    guide.posterior(x)
+    with pytest.raises(ValueError, match=r"needs at least 2, got 1; .* guide.eval\(\)"):
+        guide.posterior(x[:1])
+    guide.eval()
+    alone, together = guide.posterior(x[:1]), guide.posterior(x)
+    torch.testing.assert_close(alone.concentration, together.concentration[:1])
+    plain = guides.VonMisesFisher(mlp([6, 16]), 3, batch_norm=False)
+    assert plain.posterior(x[:1]).batch_shape == (1,)

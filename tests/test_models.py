@@ -80,7 +80,8 @@ def test_svi_trains_every_parameter_and_the_loss_falls(name):
     unmoved = {k for k in learned if torch.equal(model.state_dict()[k], before[k])}
     # exact and sampled losses depend on widths and directions alike; a Delta guide has directions only
     assert unmoved == set()
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k not in learned)
+    fixed = {k for k in before if k not in learned and "batch_norm" not in k}  # its running statistics follow the data
+    assert all(torch.equal(model.state_dict()[k], before[k]) for k in fixed)
 
 
 @each_pair

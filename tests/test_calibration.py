@@ -177,3 +177,29 @@ def test_cap_pit_rejects_truths_off_the_sphere_or_of_another_shape():
         cal.cap_pit(q, 2 * torch.eye(3))
     with pytest.raises(ValueError, match="posterior's shape"):
         cal.cap_pit(q, torch.eye(3)[:2])
+
+
+@pytest.mark.parametrize("dim", [2, 3, 512])
+@pytest.mark.parametrize("kappa", [0.0, 1e-3, 1e6])
+def test_ends(dim, kappa):
+    torch.manual_seed(4)
+    mean = torch.nn.functional.normalize(torch.randn(300, dim), dim=-1)
+    for family in (dist.VonMisesFisher, dist.PowerSpherical):
+        q = family(mean, torch.full((300,), kappa))
+        pit = cal.cap_pit(q, q.sample())
+        assert cal.uniformity_pvalue(pit) > 1e-4  # false-alarm rate 1e-4 (fixed seed)
+        one = cal.coverage(pit[:1])
+        assert np.all((one.lower >= 0) & (one.lower <= one.empirical) & (one.empirical <= one.upper) & (one.upper <= 1))
+        assert 0 <= cal.uniformity_pvalue(pit[:1]) <= 1
+
+
+def test_point_posteriors_that_are_right_ring_no_alarm_and_wrong_ones_do():
+    import pyro.distributions as pyro_dist
+
+    torch.manual_seed(5)
+    mean = torch.nn.functional.normalize(torch.randn(400, 6), dim=-1)
+    point = pyro_dist.Delta(mean, event_dim=1)
+    assert cal.uniformity_pvalue(cal.cap_pit(point, mean, num_samples=99)) > 1e-4  # false-alarm rate 1e-4 (fixed seed)
+    assert cal.cap_pit(point, mean.roll(1, 0), num_samples=99).min() > 0.98
+    assert np.all(cal.sbc_ranks(np.zeros((1, 3)), np.ones(3)) == 1)
+    assert np.all((cal.rank_pit(np.array([0, 1]), 1) > 0) & (cal.rank_pit(np.array([0, 1]), 1) < 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyro_contrastive.diagnostics._intervals import Estimate
 from pyro_contrastive.diagnostics.alignment import AlignmentScore, align_and_score, cosine_correlation, procrustes
 from pyro_contrastive.diagnostics.arviz_bridge import to_arviz
+from pyro_contrastive.diagnostics.bands import PITBand, pit_band
 from pyro_contrastive.diagnostics.calibration import (
     Coverage,
     cap_pit,
@@ -96,6 +97,7 @@ __all__ = [
     "Identifiability",
     "KHat",
     "LinearRecovery",
+    "PITBand",
     "PartnerCheck",
     "Picture",
     "RankingScores",
@@ -151,6 +153,7 @@ __all__ = [
     "partner_probability",
     "partner_radius",
     "partner_sets",
+    "pit_band",
     "plot_accuracy_by_quartile",
     "plot_aggregate",
     "plot_concentration_recovery",

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
+from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_contrastive.diagnostics._arrays import as_array
 from pyro_contrastive.ops.random import derived_seed, seeded
 
-__all__ = ["batched", "checked_truth", "draw_pieces"]
+__all__ = ["as_draw_of", "batched", "checked_truth", "draw_pieces"]
 
 _NUMBERS = 2**20  # in one piece: it stays near the cache
 
@@ -82,6 +83,27 @@ def device_of(law: Any) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
+def as_draw_of(law: Any, points: ArrayLike | Tensor) -> Tensor:
+    """Points on the device and in the precision of a distribution, so that it can score them.
+
+    Args:
+        law: The distribution.
+        points: Points of its support.
+
+    Returns:
+        The points, detached; of unit length in the new precision where the support is the sphere.
+    """
+    given = points if isinstance(points, Tensor) else torch.as_tensor(as_array(points))
+    types = [v.dtype for v in vars(law).values() if isinstance(v, Tensor) and v.is_floating_point()]
+    dtype = types[0] if types else given.dtype if given.is_floating_point() else torch.get_default_dtype()
+    moved = given.detach().to(device_of(law), dtype)
+    # .to float64 keeps the rounding of float32, which is off the sphere there; wrong lengths stay as wrong as they are
+    on_sphere = getattr(law, "support", None) is constraints.sphere
+    if on_sphere and dtype != given.dtype and ((moved.norm(dim=-1) - 1).abs() < 1e-5).all():
+        moved = torch.nn.functional.normalize(moved, dim=-1)
+    return moved
+
+
 def checked_truth(draws: Any, truth: ArrayLike | Tensor) -> Tensor:
     """The truths as a tensor, after checking that there is one per item.
 
@@ -90,14 +112,13 @@ def checked_truth(draws: Any, truth: ArrayLike | Tensor) -> Tensor:
         truth: Points, shape (N, d).
 
     Returns:
-        Tensor (N, d), on the device of the draws.
+        Tensor (N, d), on the device and in the precision of a distribution.
 
     Raises:
         ValueError: If the shapes do not fit or a truth is not finite.
     """
     law = hasattr(draws, "batch_shape")
-    points = truth if isinstance(truth, Tensor) else torch.as_tensor(as_array(truth))
-    points = points.detach().to(device_of(draws) if law else "cpu")
+    points = as_draw_of(draws, truth) if law else torch.as_tensor(as_array(truth))
     shape = (*draws.batch_shape, *draws.event_shape) if law else as_array(draws).shape[1:]
     if points.dim() != 2 or tuple(points.shape) != tuple(shape) or not len(points):
         expected = f"the shape of one draw per item {tuple(shape)}"

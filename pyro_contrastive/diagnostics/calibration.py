@@ -206,7 +206,9 @@ def cap_pit(posterior: Any, truth: ArrayLike | torch.Tensor, *, num_samples: int
         return cap_probability(geodesic_angle(truth, mean), concentration, dim, family=families[type(posterior)])
     draws = _draws(posterior, num_samples, seed)
     mean, _ = direction_and_concentration(posterior, seed=seed + 1)
-    ranks = sbc_ranks(geodesic_angle(draws, mean), geodesic_angle(truth, mean))
+    angles, own = geodesic_angle(draws, mean), geodesic_angle(truth, mean)
+    ties = (angles == own).sum(axis=0)  # of a point posterior; broken at random
+    ranks = sbc_ranks(angles, own) + np.random.default_rng([seed, 1]).integers(0, ties, endpoint=True)
     return rank_pit(ranks, num_samples, seed=seed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,17 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
 from pyro_contrastive.diagnostics._run import evaluation
-from pyro_contrastive.diagnostics.arviz_bridge import _latents
 
 __all__ = ["KHat", "guide_khat", "psis_khat"]
 
-_FEWEST = 25  # draws: a tail of five
+_FEWEST = 30  # draws: a tail of six, the fewest that both lines fit
 _GOOD, _USABLE = 0.5, 0.7
 
 
@@ -60,7 +60,7 @@ def psis_khat(log_weights: ArrayLike | Tensor) -> FloatArray:
     minus them. Here it is the log weights on both, and a large value is bad on both.
 
     Args:
-        log_weights: log p - log q of S >= 25 draws from q, up to a constant, shape (S,) or (S, N). Minus infinity is a
+        log_weights: log p - log q of S >= 30 draws from q, up to a constant, shape (S,) or (S, N). Minus infinity is a
             weight of zero.
 
     Returns:
@@ -137,7 +137,7 @@ def guide_khat(
         model: Pyro program or module, called as `model(*views)`.
         guide: Pyro program or module with the same arguments.
         views: The arguments, tensors with the N items in the leading dimension.
-        num_draws: S >= 25.
+        num_draws: S >= 30.
         rest: What to do where items are coupled: "refuse" with an error, or "condition": hold the latents of the others
             at one draw of the guide, whose own latents then are judged against :math:`p(z_i \mid z_{-i}, x)`. Costs one
             run of the model per draw *and item*.
@@ -149,8 +149,8 @@ def guide_khat(
         k-hat per item, with the threshold for this number of draws.
 
     Raises:
-        ValueError: If items are coupled and `rest` is "refuse", if a site has no one value per item, if the guide has
-            no latents, or a number is out of range.
+        ValueError: If items are coupled and `rest` is "refuse", if a latent site has no one value per item, if the
+            guide has no latents or not all of the model's, or a number is out of range.
     """
     if num_draws < _FEWEST:
         raise ValueError(f"`num_draws` must be >= {_FEWEST}, or there is no tail to fit, got {num_draws!r}")
@@ -173,14 +173,15 @@ def guide_khat(
         weights = np.empty((num_draws, len(chosen)))
         for s in tqdm(range(num_draws), "draws", disable=not progress):
             trace = program.draw()
-            if not coupled:
-                weights[s] = program.per_item(trace)[chosen]
-                continue
             log_q = program.log_q(trace)
+            if not coupled:
+                weights[s] = (program.log_p(trace) - log_q)[chosen]
+                continue
             for column, item in enumerate(chosen):
                 mixed = program.exchanged(first, trace, np.arange(n) == item)
                 weights[s, column] = program.log_p(mixed).sum() - log_q[item]
-    return KHat(psis_khat(weights), min(1 - 1 / np.log10(num_draws), _USABLE), chosen, num_draws, bool(coupled))
+    threshold = min(1 - 1 / math.log10(num_draws), _USABLE)
+    return KHat(psis_khat(weights), threshold, chosen, num_draws, coupled)
 
 
 class _Program:
@@ -196,17 +197,15 @@ class _Program:
         return trace
 
     def log_q(self, trace: poutine.Trace) -> FloatArray:
-        return self._sum(trace, "guide")
+        """Per item; what belongs to no item is shared out evenly."""
+        return self._sum(trace)
 
     def log_p(self, trace: poutine.Trace) -> FloatArray:
         found = poutine.trace(poutine.replay(self.model, trace=trace)).get_trace(*self.views)
         missing = [name for name, _ in _latents(found) if name not in trace]
         if missing:
             raise ValueError(f"`guide` must sample every latent site of the model, got none for {missing}")
-        return self._sum(found, "model")
-
-    def per_item(self, trace: poutine.Trace) -> FloatArray:
-        return self.log_p(trace) - self.log_q(trace)
+        return self._sum(found)
 
     def coupled(self, one: poutine.Trace, other: poutine.Trace) -> bool:
         """Whether the terms of an item change with the latents of the others."""
@@ -233,19 +232,22 @@ class _Program:
             site["value"] = torch.where(mask, other, value)
         return mixed
 
-    def _sum(self, trace: poutine.Trace, program: str) -> FloatArray:
+    def _sum(self, trace: poutine.Trace) -> FloatArray:
         trace.compute_log_prob()
         total = np.zeros(self.num_items)
-        for name, site in trace.nodes.items():
-            if site["type"] != "sample" or site_is_subsample(site):
-                continue
-            term = site["log_prob"]
-            if term.shape != (self.num_items,):
-                if not term.any():
-                    continue  # a deterministic or masked site
-                raise ValueError(
-                    f"site {name!r} of the {program} must have one log density per item, shape ({self.num_items},), "
-                    f"got {tuple(term.shape)}; condition on global latents (poutine.condition on model and guide)"
-                )
-            total += as_array(term)
+        for site in trace.nodes.values():
+            if site["type"] == "sample" and not site_is_subsample(site):
+                term = as_array(site["log_prob"]).astype(np.float64)
+                total += term if term.shape == total.shape else term.sum() / self.num_items
         return total
+
+
+def _latents(trace: poutine.Trace) -> list[tuple[str, Any]]:
+    """Sites that carry a latent value."""
+    return [
+        (name, site)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not (site["is_observed"] or site_is_subsample(site) or site_is_factor(site))
+        and not (site["infer"] or {}).get("is_auxiliary")
+    ]

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from pyro_contrastive.diagnostics import quantities as q
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
-from pyro_contrastive.diagnostics._draws import batched, device_of, draw_pieces
+from pyro_contrastive.diagnostics._draws import as_draw_of, batched, draw_pieces
 from pyro_contrastive.diagnostics._run import evaluation
 from pyro_contrastive.diagnostics.alignment import procrustes
 from pyro_contrastive.diagnostics.calibration import rank_pit, uniformity_pvalue
@@ -60,14 +60,22 @@ class SBC:
             and draw = M: `prior_sbc` holds the integer ranks, `prior_sbc_pit` the PIT values. Draw the second:
             `plot_ecdf_pit(dt, group="prior_sbc_pit")`; of ranks ArviZ takes the largest *observed* one for S.
         """
-        from pyro_contrastive.diagnostics.arviz_bridge import _container
+        import arviz
+        import xarray
 
+        attrs = {"num_draws": self.num_draws, "arviz_version": arviz.__version__}
         groups: dict[str, Mapping[str, NDArray[Any]]] = {"prior_sbc": self.ranks, "prior_sbc_pit": self.pit}
-        labelled: dict[str, Any] = {
-            group: {name: (("chain", "draw"), values[None]) for name, values in variables.items()}
+        datasets: dict[str, Any] = {
+            group: xarray.Dataset(
+                {name: (("chain", "draw"), values[None]) for name, values in variables.items()},
+                coords={"chain": [0], "draw": np.arange(len(next(iter(variables.values()))))},
+                attrs=attrs,
+            )
             for group, variables in groups.items()
         }
-        return _container(labelled, {}, {"inference_library": "pyro", "num_draws": self.num_draws})
+        if int(arviz.__version__.split(".")[0]) >= 1:
+            return xarray.DataTree.from_dict(datasets)
+        return arviz.InferenceData(**datasets)
 
 
 def sbc(
@@ -173,14 +181,13 @@ class _Batches:
             inputs, truth = simulated(self.simulate, n, derived_seed(self.seed, 5, stream, position) >> 31)
             inputs = inputs.to(self.device) if isinstance(inputs, Tensor) else inputs
             judged = batched(self.law(inputs), n)
-            truth = truth if isinstance(truth, Tensor) else torch.as_tensor(as_array(truth))
+            truth = as_draw_of(judged, truth)
             if truth.shape != (n, *judged.event_shape):
                 raise ValueError(
                     f"`simulate({n}, seed)` must return truths of shape {(n, *judged.event_shape)}, as a draw of the "
                     f"posterior, got {tuple(truth.shape)}"
                 )
-            truth = truth.detach().to(device_of(judged))
-            yield judged, truth.to(torch.get_default_dtype()) if not truth.is_floating_point() else truth
+            yield judged, truth
 
 
 def _rotation(run: _Batches, num_items: int) -> Tensor:

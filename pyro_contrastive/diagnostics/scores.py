@@ -68,7 +68,7 @@ def log_score(posterior: Any, truth: ArrayLike | Tensor) -> Score:
     if _is_point(posterior):
         raise ValueError("`log_score` needs a posterior with a density, got Delta; use `energy_score`")
     with torch.no_grad():
-        return _score(as_array(posterior.log_prob(_like(points, posterior))).astype(np.float64))
+        return _score(as_array(posterior.log_prob(points)).astype(np.float64))
 
 
 def energy_score(
@@ -84,7 +84,7 @@ def energy_score(
     Z and Z' are independent draws of the posterior (Gneiting & Raftery 2007, section 4.3). With the chord
     :math:`|z - z'|` it is strictly proper: only the exact posterior has the smallest expectation. The angle
     (``"geodesic"``, in radians) is of negative type as well, so the score is proper, but not strictly: it does not see
-    what two laws differ by when that is the same at z and -z (Lyons 2020, arXiv 2001.02746).
+    what two laws differ by when that is the same at z and -z (Lyons 2020, arXiv 1905.02863).
 
     Both expectations are estimated without bias: the first from all draws, the second from all pairs within groups of
     16 draws, whose error is small beside that of the truth itself. Memory is that of one group of draws for all items.
@@ -188,7 +188,7 @@ def sharpness(posterior: Any, *, level: float = 0.95, num_draws: int = 1000, see
     if not 0 < level < 1:
         raise ValueError(f"`level` must lie in (0, 1), got {level!r}")
     posterior = batched(posterior, (tuple(posterior.batch_shape) or (1,))[0])
-    n, dim = len(posterior.mean), posterior.event_shape[0]
+    n, dim = posterior.batch_shape[0], posterior.event_shape[0]
     if isinstance(posterior, sphere.HypersphericalUniform):
         radius = cap_radius(level, np.zeros(n), dim)
         return Sharpness(radius, np.zeros(n), as_array(posterior.entropy()).astype(np.float64), level)
@@ -210,7 +210,7 @@ def sharpness(posterior: Any, *, level: float = 0.95, num_draws: int = 1000, see
 
 def _entropy(posterior: Any, num_draws: int, seed: int) -> FloatArray:
     if _is_point(posterior):
-        return np.full(len(posterior.mean), -np.inf)
+        return np.full(posterior.batch_shape, -np.inf)
     with torch.no_grad():
         try:
             return as_array(posterior.entropy()).astype(np.float64)
@@ -221,9 +221,3 @@ def _entropy(posterior: Any, num_draws: int, seed: int) -> FloatArray:
 
 def _is_point(posterior: Any) -> bool:
     return type(posterior).__name__ == "Delta"
-
-
-def _like(points: Tensor, posterior: Any) -> Tensor:
-    """The points in the precision of the posterior, exactly on its sphere."""
-    reference = next((value for value in vars(posterior).values() if isinstance(value, Tensor)), points)
-    return points.to(reference.dtype if reference.is_floating_point() else points.dtype)

@@ -47,6 +47,12 @@ def test_curve_is_the_scores_at_each_alpha():
     assert curve.size[1] == SETS.sizes.mean() and curve.empty[1] == (SETS.sizes == 0).mean()
     for got, values in ((curve.precision, scores.precision), (curve.recall, scores.recall), (curve.f1, scores.f1)):
         assert got[1] == pytest.approx(np.nanmean(values))
+    for error, values in (
+        (curve.size_se, scores.size),
+        (curve.precision_se, scores.precision),
+        (curve.f1_se, scores.f1),
+    ):
+        assert error[1] == pytest.approx(stats.sem(values, nan_policy="omit"))
     assert curve.size[0] < curve.size[1] and curve.recall[0] < curve.recall[1]
 
 

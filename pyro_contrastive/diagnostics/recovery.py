@@ -2,8 +2,8 @@
 
 `alignment` judges posteriors after the best rotation. Here are the weaker questions: whether the true latent is a
 linear function of the learned one (`linear_r2`), whether single axes were found (`mcc`), and how far the concentrations
-are from the true ones (`concentration_recovery`). Whatever is fitted is fitted on one half of the items and scored on the
-other, so that a representation which knows nothing scores zero and not more.
+are from the true ones (`concentration_recovery`). Whatever is fitted is fitted on one half of the items and scored on
+the other, so that a representation which knows nothing scores zero and not more.
 """
 
 from __future__ import annotations

@@ -40,9 +40,23 @@ def page(tmp_path_factory: pytest.TempPathFactory):
     return blocks, SimpleNamespace(**names)
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # 8 fits, about 80 CPU seconds; wall time beside other work
+def slowly(test):
+    """The fixture runs eight fits, about 75 CPU seconds; the first test that asks for it waits for them all."""
+    return pytest.mark.slow(pytest.mark.timeout(1200)(test))
 
 
+def test_renewing_a_page_replaces_adds_and_removes_output():
+    tool = load_tool()
+    text = "```python\nprint(2)\n```\n\n```text\n1\n```\n\nbetween\n\n```python\nx = 1\n```\nend\n"
+    printed = [output for _, output, _ in tool.run(text)[0]]
+    assert printed == ["2\n", ""]
+    renewed = tool.renew(text, printed)
+    assert renewed == text.replace("\n1\n", "\n2\n")
+    added = tool.renew(renewed, ["", "3\n"])
+    assert "```text\n2" not in added and added.endswith("x = 1\n```\n\n```text\n3\n```\nend\n")
+
+
+@slowly
 def test_page_shows_what_its_blocks_print(page):
     blocks, _ = page
     for shown, printed, _ in blocks:
@@ -63,6 +77,7 @@ def rings(check) -> bool:
     return abs(check.overconfidence) > max(0.05, 4 * check.overconfidence_se)
 
 
+@slowly
 def test_one_sample_is_found_out_and_the_exact_evidence_repairs_it(page):
     _, names = page
     assert rings(names.partners["ELBO"]) and names.partners["ELBO"].overconfidence > 0
@@ -73,6 +88,7 @@ def test_one_sample_is_found_out_and_the_exact_evidence_repairs_it(page):
     assert names.scores["exact"].spearman_concentration > 0.9 > names.scores["ELBO"].spearman_concentration
 
 
+@slowly
 def test_crowded_latents_are_found_out_and_the_matching_repairs_the_order(page):
     _, names = page
     before, after = (aggregate(names, guide, names.crowd_test) for guide in (names.uniform, names.empirical))
@@ -87,6 +103,7 @@ def test_crowded_latents_are_found_out_and_the_matching_repairs_the_order(page):
     assert gain > 0
 
 
+@slowly
 def test_stretched_pairs_are_found_out_by_the_axes_and_not_by_the_partners(page):
     _, names = page
     guides = names.isotropic, names.anisotropic
@@ -98,6 +115,7 @@ def test_stretched_pairs_are_found_out_by_the_axes_and_not_by_the_partners(page)
     assert better.cosine_correlation > worse.cosine_correlation
 
 
+@slowly
 def test_a_wrong_pair_concentration_is_not_found_out(page):
     _, names = page
     right, wrong = names.partners["exact"], names.partners["one shared latent"]

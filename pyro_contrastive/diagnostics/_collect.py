@@ -288,7 +288,10 @@ class Collector:
             attrs["sites_without_guide"] = ", ".join(unguided)
         factors = [name for name, site in model_like.nodes.items() if site_is_factor(site)]
         if factors and views:
-            attrs["batch_relative"] = f"{', '.join(factors)}: relative to the rows of one batch, if contrastive"
+            attrs["batch_relative"] = (
+                f"{', '.join(factors)}: relative to the rows of one batch, if contrastive; then arviz.loo and "
+                "arviz.compare are not valid on them, diagnostics.partner_check and diagnostics.compare are"
+            )
             attrs["batch_size"] = len(views[0])
         rows = [name for name, site in model_like.nodes.items() if site["type"] == "sample" and _is_subsampled(site)]
         if rows:

@@ -40,11 +40,6 @@ def page(tmp_path_factory: pytest.TempPathFactory):
     return blocks, SimpleNamespace(**names)
 
 
-def slowly(test):
-    """The fixture runs eight fits, about 75 CPU seconds; the first test that asks for it waits for them all."""
-    return pytest.mark.slow(pytest.mark.timeout(1200)(test))
-
-
 def test_renewing_a_page_replaces_adds_and_removes_output():
     tool = load_tool()
     text = "```python\nprint(2)\n```\n\n```text\n1\n```\n\nbetween\n\n```python\nx = 1\n```\nend\n"
@@ -56,8 +51,7 @@ def test_renewing_a_page_replaces_adds_and_removes_output():
     assert "```text\n2" not in added and added.endswith("x = 1\n```\n\n```text\n3\n```\nend\n")
 
 
-@slowly
-def test_page_shows_what_its_blocks_print(page):
+def page_shows_what_its_blocks_print(page):
     blocks, _ = page
     for shown, printed, _ in blocks:
         text, numbers = parts(shown)
@@ -77,8 +71,7 @@ def rings(check) -> bool:
     return abs(check.overconfidence) > max(0.05, 4 * check.overconfidence_se)
 
 
-@slowly
-def test_one_sample_is_found_out_and_the_exact_evidence_repairs_it(page):
+def one_sample_is_found_out_and_the_exact_evidence_repairs_it(page):
     _, names = page
     assert rings(names.partners["ELBO"]) and names.partners["ELBO"].overconfidence > 0
     assert not rings(names.partners["K = 16"]) and not rings(names.partners["exact"])
@@ -88,8 +81,7 @@ def test_one_sample_is_found_out_and_the_exact_evidence_repairs_it(page):
     assert names.scores["exact"].spearman_concentration > 0.9 > names.scores["ELBO"].spearman_concentration
 
 
-@slowly
-def test_crowded_latents_are_found_out_and_the_matching_repairs_the_order(page):
+def crowded_latents_are_found_out_and_the_matching_repairs_the_order(page):
     _, names = page
     before, after = (aggregate(names, guide, names.crowd_test) for guide in (names.uniform, names.empirical))
     assert before.mean_resultant_length > 0.2  # rings
@@ -103,8 +95,7 @@ def test_crowded_latents_are_found_out_and_the_matching_repairs_the_order(page):
     assert gain > 0
 
 
-@slowly
-def test_stretched_pairs_are_found_out_by_the_axes_and_not_by_the_partners(page):
+def stretched_pairs_are_found_out_by_the_axes_and_not_by_the_partners(page):
     _, names = page
     guides = names.isotropic, names.anisotropic
     before, after = (aggregate(names, guide, names.stretched_test) for guide in guides)
@@ -115,8 +106,7 @@ def test_stretched_pairs_are_found_out_by_the_axes_and_not_by_the_partners(page)
     assert better.cosine_correlation > worse.cosine_correlation
 
 
-@slowly
-def test_a_wrong_pair_concentration_is_not_found_out(page):
+def a_wrong_pair_concentration_is_not_found_out(page):
     _, names = page
     right, wrong = names.partners["exact"], names.partners["one shared latent"]
     assert not rings(wrong)
@@ -124,3 +114,17 @@ def test_a_wrong_pair_concentration_is_not_found_out(page):
     assert names.scores["one shared latent"].coverage.empirical[0] > 0.62
     assert names.scores["one shared latent"].spearman_concentration > 0.9
     assert abs(names.profile.compensated[-1]) < 0.01 and names.profile.compensated[0] < -0.05
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_page_shows_what_it_prints_and_its_conclusions_hold(page):
+    """One test, because two processes would each run the eight fits of the page."""
+    for claim in (
+        page_shows_what_its_blocks_print,
+        one_sample_is_found_out_and_the_exact_evidence_repairs_it,
+        crowded_latents_are_found_out_and_the_matching_repairs_the_order,
+        stretched_pairs_are_found_out_by_the_axes_and_not_by_the_partners,
+        a_wrong_pair_concentration_is_not_found_out,
+    ):
+        claim(page)

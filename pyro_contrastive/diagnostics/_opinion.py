@@ -5,12 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pyro_contrastive.diagnostics.checks import SYMBOLS, Check, Status, verdict, worst
-
-if TYPE_CHECKING:
-    from pyro_contrastive.diagnostics._document import Section
+from pyro_contrastive.diagnostics.section import Section
 
 __all__ = ["Line", "by_kind", "group_title", "lines", "opinion_text"]
 

@@ -10,14 +10,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from pyro_contrastive import __version__
 from pyro_contrastive.diagnostics._opinion import Line, by_kind, group_title, lines
 from pyro_contrastive.diagnostics.checks import FAMILY_LEVEL, SYMBOLS, Status, verdict
-
-if TYPE_CHECKING:
-    from pyro_contrastive.diagnostics._document import Section
+from pyro_contrastive.diagnostics.section import Section
 
 __all__ = ["format_figure", "page"]
 

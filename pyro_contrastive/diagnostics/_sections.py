@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pyro_contrastive.diagnostics import plots
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
-from pyro_contrastive.diagnostics._document import Picture
 from pyro_contrastive.diagnostics.arviz_bridge import to_arviz
 from pyro_contrastive.diagnostics.calibration import direction_and_concentration
 from pyro_contrastive.diagnostics.checks import Check
@@ -28,6 +27,7 @@ from pyro_contrastive.diagnostics.checks_pairs import judge_partner, judge_partn
 from pyro_contrastive.diagnostics.identifiability import Identifiability, identifiability, plot_identifiability
 from pyro_contrastive.diagnostics.predictive import PartnerCheck, partner_check
 from pyro_contrastive.diagnostics.representation import aggregate_uniformity
+from pyro_contrastive.diagnostics.section import Picture
 from pyro_contrastive.distributions import VonMisesFisher
 
 if TYPE_CHECKING:

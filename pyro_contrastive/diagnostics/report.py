@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_contrastive.diagnostics import plots
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
-from pyro_contrastive.diagnostics._document import Picture, Section, write_html, write_summary
+from pyro_contrastive.diagnostics._document import write_html, write_summary
 from pyro_contrastive.diagnostics._run import evaluation
 from pyro_contrastive.diagnostics._sections import (
     LATENT_TESTS,
@@ -58,6 +58,7 @@ from pyro_contrastive.diagnostics.representation import (
     knn_accuracy,
     knn_correct,
 )
+from pyro_contrastive.diagnostics.section import Picture, Section
 from pyro_contrastive.diagnostics.tarp import tarp
 from pyro_contrastive.ops import inverse_bessel_ratio
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pyro_contrastive.diagnostics import plots, plots_retrieval
 from pyro_contrastive.diagnostics._arrays import as_array
-from pyro_contrastive.diagnostics._document import Section
 from pyro_contrastive.diagnostics._run import evaluation
 from pyro_contrastive.diagnostics._sections import (
     LATENT_TESTS,
@@ -32,6 +31,7 @@ from pyro_contrastive.diagnostics.checks import FAMILY_LEVEL, Check
 from pyro_contrastive.diagnostics.checks_pairs import judge_accuracy
 from pyro_contrastive.diagnostics.representation import accuracy_by_quartile, knn_correct
 from pyro_contrastive.diagnostics.retrieval_scores import risk_coverage
+from pyro_contrastive.diagnostics.section import Section
 
 __all__ = ["pair_report"]
 

@@ -23,8 +23,10 @@ LAYERS = {
     "modules": 0,
     "distributions": 1,
     "kernels": 2,
+    "aggregates": 2,
     "factors": 3,
     "objectives": 4,
+    "priors": 4,
     "nets": 5,
     "models": 6,
     "guides": 6,  # never from models, nor models from guides: a model is handed its recognition module

@@ -71,9 +71,11 @@ class Fused(Module):
                     "use guides.VonMisesFisher"
                 )
         natural = torch.stack([q.concentration.unsqueeze(-1) * q.mean_direction for q in posteriors]).sum(0)
-        # the norm has no gradient at zero (views that contradict each other exactly): a tiny one replaces it there
-        length = natural.square().sum(-1, keepdim=True).clamp(min=torch.finfo(natural.dtype).tiny).sqrt()
-        return dist.VonMisesFisher(torch.nn.functional.normalize(natural, dim=-1), length.squeeze(-1))
+        # views that contradict each other exactly leave no direction, and a norm without a gradient
+        square, tiny = natural.square().sum(-1, keepdim=True), torch.finfo(natural.dtype).tiny
+        length = square.clamp(min=tiny).sqrt()
+        direction = torch.where(square > tiny, natural / length, posteriors[0].mean_direction)
+        return dist.VonMisesFisher(direction, length.squeeze(-1))
 
     def forward(self, *views: Tensor) -> None:
         """The Pyro guide: site "z" in the plate "pairs".

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ class _Latents(Messenger):
             )
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] in self.expected:
+        if re.fullmatch(r"z\d*", msg["name"]):
             self.values[msg["name"]] = msg["value"]
 
     def per_view(self) -> list[Tensor]:

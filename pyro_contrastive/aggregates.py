@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .modules import Module
 
-__all__ = ["FullData", "MemoryBank", "aggregate_log_density"]
+__all__ = ["FullData", "MemoryBank", "aggregate_log_density", "law_like", "law_parameters"]
 
 
 def aggregate_log_density(z: Tensor, laws: Any) -> Tensor:
@@ -41,20 +41,38 @@ def aggregate_log_density(z: Tensor, laws: Any) -> Tensor:
     return grid.logsumexp(-1) - math.log(grid.shape[-1])
 
 
-def _names(law: Any) -> tuple[str, ...]:
-    """Arguments that determine a law."""
-    return ("loc", "scale_tril") if isinstance(law, MultivariateNormal) else tuple(law.arg_constraints)
+def law_parameters(law: Any) -> dict[str, Tensor]:
+    """The tensors that determine a recognition law, by name.
 
+    Args:
+        law: distribution with batch shape ``(N,)``; ``Independent`` around one counts as the one.
 
-def _parameters(law: Any) -> dict[str, Tensor]:
+    Returns:
+        Tensors with leading dimension N.
+    """
     law = law.base_dist if isinstance(law, Independent) else law
-    return {name: getattr(law, name) for name in _names(law)}
+    names = ("loc", "scale_tril") if isinstance(law, MultivariateNormal) else tuple(law.arg_constraints)
+    return {name: getattr(law, name) for name in names}
 
 
-def _like(law: Any, parameters: dict[str, Tensor]) -> Any:
-    """A law of the same family with other parameters."""
+def law_like(law: Any, parameters: dict[str, Tensor]) -> Any:
+    """A law of the same family with other parameters.
+
+    Args:
+        law: the pattern.
+        parameters: as from :func:`law_parameters`, of any batch shape.
+
+    Returns:
+        The law.
+
+    Example:
+        >>> from pyro.distributions import Normal
+        >>> law = Normal(torch.zeros(3, 2), torch.ones(3, 2)).to_event(1)
+        >>> law_like(law, {name: value[:1] for name, value in law_parameters(law).items()}).batch_shape
+        torch.Size([1])
+    """
     if isinstance(law, Independent):
-        return Independent(_like(law.base_dist, parameters), law.reinterpreted_batch_ndims)
+        return Independent(law_like(law.base_dist, parameters), law.reinterpreted_batch_ndims)
     return type(law)(**parameters, validate_args=False)
 
 
@@ -102,7 +120,7 @@ class MemoryBank(Module):
         Returns:
             A law of the same family with batch shape ``(N + items kept,)``, this batch first.
         """
-        live = _parameters(posterior)
+        live = law_parameters(posterior)
         kept = {name: self._buffers.get(f"{name}_{view}") for name in live}
         past: dict[str, Tensor] = {name: old for name, old in kept.items() if old is not None}
         now = {name: value.detach() for name, value in live.items()}
@@ -113,7 +131,7 @@ class MemoryBank(Module):
             for name, value in now.items():
                 rows = torch.cat([value, past[name]]) if past else value.clone()
                 self.register_buffer(f"{name}_{view}", rows[: self.size])
-        return _like(posterior, {k: torch.cat([v, past[k]]) if past else v for k, v in live.items()})
+        return law_like(posterior, {k: torch.cat([v, past[k]]) if past else v for k, v in live.items()})
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for name in list(self._buffers):

@@ -17,6 +17,8 @@ from pyro_contrastive.diagnostics.khat import _Program, psis_khat
 
 __all__ = ["EvidenceGap", "evidence_gap"]
 
+_ROUNDING = 1e-4  # nats: what a sum of log densities in float32 is off by
+
 
 @dataclass(frozen=True, eq=False)
 class EvidenceGap:
@@ -29,7 +31,7 @@ class EvidenceGap:
         gap: The last bound minus each, shape (G,): what a fit with this K does not see, from below.
         gap_error: Standard errors of the gaps over items, shape (G,).
         khat: Pareto k-hat of the weights of each item, shape (N,); see :func:`psis_khat`. Where many are above .7, the
-            evidence is still higher than the last bound says.
+            evidence is still higher than the last bound says. Minus infinity where all weights are equal.
     """
 
     num_samples: NDArray[np.int64]
@@ -132,7 +134,9 @@ def evidence_gap(
     gaps = bounds[-1] - bounds
     root = np.sqrt(n)
     error, gap_error = (v.std(axis=1, ddof=1) / root if n > 1 else np.full(len(grid), np.nan) for v in (bounds, gaps))
-    return EvidenceGap(np.array(grid), bounds.mean(1), error, gaps.mean(1), gap_error, psis_khat(weights))
+    # the tail of weights that are equal up to rounding would be that of the rounding
+    khat = np.where(np.ptp(weights, axis=0) < _ROUNDING, -np.inf, psis_khat(weights))
+    return EvidenceGap(np.array(grid), bounds.mean(1), error, gaps.mean(1), gap_error, khat)
 
 
 def _bound(log_weights: FloatArray, k: int) -> FloatArray:

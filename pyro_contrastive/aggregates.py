@@ -84,9 +84,11 @@ class MemoryBank(Module):
     gradients are on; a batch that comes again unchanged (sequential particles) enters once. The bank is part of the
     ``state_dict``.
 
-    What it buys and what it costs: the batch estimate of the evidence is off by about (width of the weights) / 2N,
-    a bank of fresh posteriors by as much at N + `size`. Stale ones add a bias of their own, of the size of the drift of
-    the encoder over the bank's age: it is largest early in training and vanishes as the learning rate does.
+    What it buys and what it costs: the batch estimate of a factor is too small, by chi^2 / 2N to leading order
+    (``diagnostics.aggregate_bias``); with a bank of fresh posteriors N + `size` takes the place of N. Stale ones add a
+    bias of their own, which is positive: posteriors that moved away from the bank look more informative than they are.
+    It is largest early in training (a third of a nat in the measured case, ``docs/rpm.md``) and goes with the learning
+    rate. The factor is no lower bound then.
 
     Args:
         size: items kept per view, >= 1.

@@ -163,6 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=["widths", "aggregate"])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--only", default="", help="jobs whose name holds this text")
     parser.add_argument("--out", type=Path, default=None, help="where the figures go")
     options = parser.parse_args(arguments)
     out = options.out or Path(f"benchmarks_rpm_{options.what}.json")
@@ -173,6 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         jobs = {"exact posteriors": batches_of_the_truth, "memory bank": lambda: bank_along_a_fit(options.steps)}
     for name, job in jobs.items():
+        if options.only not in name:
+            continue
         if name not in done:
             done[name] = job()
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -80,9 +80,10 @@ class RPM(Module):
     unlike independent uniform priors it does not let the posteriors collapse.
 
     What the posterior's width means: the ELBO with the product guide rewards information, so a wider posterior costs
-    what the prior would have rewarded, and a noise-free encoder is its optimum. The evidence (``KSampleELBO`` with many
-    samples, the fused guide of a shared latent, or the closed forms of ``MCInfoNCE``) is what makes kappa(x) the
-    aleatoric uncertainty. ``diagnostics.evidence_gap`` measures how far a fit is from it.
+    what the prior would have rewarded, and a noise-free encoder is its optimum. Only the evidence makes kappa(x) the
+    aleatoric uncertainty: ``KSampleELBO`` and the fused guide of a shared latent come near it, up to the R(z) estimated
+    from the batch, which favours wide posteriors; the closed forms of ``MCInfoNCE`` are it.
+    ``diagnostics.evidence_gap`` and ``diagnostics.aggregate_bias`` measure the two.
 
     Args:
         guide: recognition module with ``posterior(x)``, used as the Pyro guide too; any family with a density. For a

@@ -1,4 +1,4 @@
-r"""Exact evidence of views that share one latent, for recognition laws in an exponential family and any number of views.
+r"""Exact evidence of any number of views that share one latent, for recognition laws in an exponential family.
 
 Views :math:`x_1, \dots, x_J` are independent given z, and each says :math:`R(z|x_j)`, a law with natural parameter
 :math:`\eta_j` in a family with log-partition :math:`\Phi`. If the recognition laws average to the prior, which has
@@ -8,8 +8,8 @@ Views :math:`x_1, \dots, x_J` are independent given z, and each says :math:`R(z|
            = \log \int p(z) \prod_j \frac{R(z|x_j)}{p(z)}\, dz
            = \Phi(\eta) - \sum_j \Phi(\eta_j) + (J - 1)\, \Phi(\eta_0), \qquad \eta = \sum_j \eta_j - (J - 1)\, \eta_0,
 
-where :math:`\eta` is the natural parameter of the posterior given all views. Two views on the sphere and a uniform prior
-leave the expected-likelihood kernel, :func:`~pyro_contrastive.kernels.shared_latent_log_ratio`.
+where :math:`\eta` is the natural parameter of the posterior given all views. Two views on the sphere and a uniform
+prior leave the expected-likelihood kernel, :func:`~pyro_contrastive.kernels.shared_latent_log_ratio`.
 
 Numerically the sum goes by the chain rule, one view at a time against the posterior of those before it: every step is
 the evidence of a *pair* of laws, which each family has in a form that does not cancel.
@@ -134,9 +134,9 @@ def shared_latent_log_evidence(posteriors: Sequence[Any], prior: Any = None) -> 
     Example:
         >>> import torch
         >>> from pyro.distributions import Categorical
-        >>> sure = Categorical(torch.tensor([[0.98, 0.01, 0.01]]))
-        >>> shared_latent_log_evidence([sure, sure]), shared_latent_log_evidence([sure, sure, sure])  # log 3, 2 log 3
-        (tensor([1.0584]), tensor([2.1367]))
+        >>> sure = Categorical(torch.tensor([[1.0, 0.0, 0.0]]))
+        >>> shared_latent_log_evidence([sure, sure]), shared_latent_log_evidence([sure, sure, sure])  # log 3, log 9
+        (tensor([1.0986]), tensor([2.1972]))
     """
     family, views, prior = _checked(posteriors, prior, 2)
     total = _aligned(family.pairs(views[0], views[1], prior))
@@ -158,11 +158,10 @@ def shared_latent_factor(name: str, posteriors: Sequence[Any], prior: Any = None
     views is that over both directions of InfoNCE.
 
     *Why this can be trained and the evidence itself cannot.* Whatever the recognition laws are, a term is a log
-    probability that N alternatives share: its expectation is at most :math:`\min(\log N, I(x_j; x_{-j}))`, and for large
-    N this bound is reached exactly if :math:`r_j` is the true density ratio up to a factor that depends on the row.
-    Laws that average to the prior and describe the posterior give that ratio, so they are a maximum; a constant
-    encoder scores 0 at every concentration. The average over views is a composite (pseudo-)likelihood: proper, though
-    not the joint likelihood of all J views.
+    probability that N alternatives share: its expectation is at most :math:`\min(\log N, I(x_j; x_{-j}))`, and the best
+    critic for every N is the true density ratio, up to a factor of the row. Laws that describe the posterior and
+    average to the prior give that ratio, so they are a maximum; a constant encoder scores 0 at every concentration.
+    The average over views is a composite (pseudo-)likelihood: proper, though not the joint likelihood of J views.
 
     Grids are never kept whole when they are large. There are J of them (one for J = 2); a cell costs O(1) beside a
     matrix product on the sphere, O(d) for diagonal and O(d^3) for full Gaussians, O(K) for classes.

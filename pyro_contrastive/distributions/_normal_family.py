@@ -99,20 +99,19 @@ def _check_ratio(name: str, ratio: float) -> None:
 
 
 def _full_pairs(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
-    m1, m2 = rows[0].double().unsqueeze(-2), columns[0].double().unsqueeze(-3)
-    dim = m1.shape[-1]
-    s1, s2 = rows[1].double().unsqueeze(-2), columns[1].double().unsqueeze(-3)
-    s1, s2 = s1.unflatten(-1, (dim, dim)), s2.unflatten(-1, (dim, dim))
-    fused = s1 + s2 - s1 @ s2  # s1 times the fused precision times s2: no inverse, so a covariance may be singular
+    dim = rows[0].shape[-1]
+    m1, s1 = (t.double().unsqueeze(-2).unflatten(-1, (dim, -1)) for t in rows)  # (..., n, 1, dim, 1 or dim)
+    m2, s2 = (t.double().unsqueeze(-3).unflatten(-1, (dim, -1)) for t in columns)
+    m1, m2 = torch.broadcast_tensors(m1, m2)
+    order = s1 @ s2
+    fused = s1 + s2 - order  # s1 times the fused precision times s2: no inverse, so a covariance may be singular
     lu, pivots = torch.linalg.lu_factor(fused)
     log_det = lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
-    shape = fused.shape[:-1]
-    m1, m2 = m1.expand(shape), m2.expand(shape)
-    a = torch.linalg.lu_solve(lu, pivots, m1.unsqueeze(-1)).squeeze(-1)
-    b = torch.linalg.lu_solve(lu, pivots, m2.unsqueeze(-1), adjoint=True).squeeze(-1)
-    across = (s2 @ m1.unsqueeze(-1)).squeeze(-1) - m1
-    down = (s1 @ m2.unsqueeze(-1)).squeeze(-1) - m2
-    return 0.5 * ((across * a + b * down + 2 * m2 * a).sum(-1) - log_det).to(rows[0].dtype)
+    a = torch.linalg.lu_solve(lu, pivots, m1)
+    b, e = torch.linalg.lu_solve(lu, pivots, torch.cat([m2, m1 - m2], -1), adjoint=True).split(1, -1)
+    # the one-dimensional square of _diagonal_pairs, and what remains because the covariances need not commute
+    square = (s2 @ m1) * a + b * (s1 @ m2) - (m1 - m2) * e + b * ((order - order.mT) @ e)
+    return 0.5 * (square.sum((-1, -2)) - log_det).to(rows[0].dtype)
 
 
 class NormalFamily(DiagonalNormalFamily):
@@ -170,6 +169,10 @@ class NormalFamily(DiagonalNormalFamily):
         mean = torch.linalg.solve_triangular(root, (law.mean - prior.mean).unsqueeze(-1), upper=False).squeeze(-1)
         scale = torch.linalg.solve_triangular(root, law.scale_tril, upper=False)
         return mean, (scale @ scale.mT).flatten(-2)
+
+    def pairs(self, first: Any, second: Any, prior: Any) -> Pairs:
+        """See :meth:`ExponentialFamily.pairs`."""
+        return Pairs(_full_pairs, self._whitened(first, prior), self._whitened(second, prior))
 
     def check_views(self, name: str, law: Any, prior: Any) -> None:
         """Raise ValueError if a variance exceeds the prior's in some direction."""

@@ -32,7 +32,7 @@ class ExponentialFamily:
         self.dim = dim
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.dim == other.dim  # type: ignore[attr-defined]
+        return type(self) is type(other) and self.dim == other.dim
 
     def __hash__(self) -> int:
         return hash((type(self), self.dim))

@@ -26,7 +26,7 @@ from torch.distributions import kl_divergence
 
 from .distributions.exponential import ExponentialFamily, exponential_family
 from .factors import _emit, infonce_log_ratio
-from .ops.tiles import PLAIN_ELEMENTS, Pairs, contrast
+from .ops.tiles import PLAIN_ELEMENTS, TILE, Pairs, contrast
 
 __all__ = ["fused_posterior", "interior_bound", "shared_latent_factor", "shared_latent_log_evidence"]
 
@@ -36,17 +36,16 @@ def _checked(posteriors: Sequence[Any], prior: Any, least: int) -> tuple[Exponen
     views = list(posteriors)
     if len(views) < least:
         raise ValueError(f"`posteriors` must hold the laws of at least {least} views, got {len(views)}")
-    families = [exponential_family(q) for q in views]
-    family = families[0]
-    named = [(f"posteriors[{j}]", q) for j, q in enumerate(families)]
+    named = {f"posteriors[{j}]": exponential_family(q) for j, q in enumerate(views)}
+    family = named["posteriors[0]"]
     if prior is None:
         prior = family.standard(family.natural(views[0]))
-    elif prior.batch_shape:
-        raise ValueError(f"`prior` must be one law for all items (batch shape ()), got {tuple(prior.batch_shape)}")
-    named.append(("prior", exponential_family(prior)))
-    for name, other in named:
+    named["prior"] = exponential_family(prior)
+    for name, other in named.items():
         if other != family:
             raise TypeError(f"all views and the prior need one family: posteriors[0] is {family}, {name} is {other}")
+    if prior.batch_shape:
+        raise ValueError(f"`prior` must be one law for all items (batch shape ()), got {tuple(prior.batch_shape)}")
     sizes = [tuple(q.batch_shape) for q in views]
     if len(set(sizes)) != 1:
         raise ValueError(f"all views need one batch shape (..., N), row i of one thing, got {sizes}")
@@ -71,13 +70,11 @@ def _check_items(what: str, law: Any) -> None:
         raise ValueError(f"{what} compares the items of a batch and needs laws of batch shape (..., N), got ()")
 
 
-def _side(family: ExponentialFamily, pairs: Pairs, tile: int | None) -> int | None:
-    """Side of the tiles: smaller ones for families that need many numbers for a pair."""
-    if tile is not None or family.numbers_per_pair == 1:
+def _side(numbers: int, pairs: Pairs, tile: int | None) -> int | None:
+    """Side of the tiles: smaller ones where a pair is computed from many numbers."""
+    if tile is not None or numbers == 1 or pairs.shape.numel() * numbers <= PLAIN_ELEMENTS:
         return tile
-    if pairs.shape.numel() * family.numbers_per_pair <= PLAIN_ELEMENTS:
-        return None
-    return max(16, math.isqrt(PLAIN_ELEMENTS // family.numbers_per_pair))
+    return max(16, math.isqrt(TILE.get(pairs.rows[0].device.type, 2048) ** 2 // numbers))
 
 
 def fused_posterior(posteriors: Sequence[Any], prior: Any = None) -> Any:
@@ -199,7 +196,9 @@ def shared_latent_factor(name: str, posteriors: Sequence[Any], prior: Any = None
     for j in left_out:
         rest = family.law(_fused_natural(family, views[:j] + views[j + 1 :], prior))
         pairs = family.pairs(rest, views[j], prior)
-        total = total + infonce_log_ratio(pairs, symmetric=len(views) == 2, tile=_side(family, pairs, tile))
+        total = total + infonce_log_ratio(
+            pairs, symmetric=len(views) == 2, tile=_side(family.numbers_per_pair, pairs, tile)
+        )
     return _emit(name, total / len(left_out))
 
 
@@ -270,13 +269,14 @@ def interior_bound(
     total = -to_prior
     for j, view in enumerate(views):
         total = total - kl_divergence(q, view)
+        numbers = family.numbers_per_pair
         if nu is None:
             pairs = family.pairs(q, view, prior)
             total = total + to_prior
         else:
             eta = family.natural(view)
-            tilt = nu[j].expand_as(eta)
+            tilt, numbers = nu[j].expand_as(eta), max(numbers, eta.shape[-1])
             pairs = Pairs(family.tilted, (tilt,), (eta, family.log_partition(eta).unsqueeze(-1)))
             total = total - (tilt * family.mean(q)).sum(-1)
-        total = total - contrast(pairs, tile=_side(family, pairs, tile)).row + math.log(pairs.shape[-1])
+        total = total - contrast(pairs, tile=_side(numbers, pairs, tile)).row + math.log(pairs.shape[-1])
     return total

@@ -45,9 +45,8 @@ __all__ = [
     "exponential_family",
 ]
 
-TINY = (
-    1e-10  # added to a squared length: keeps its root differentiable at 0, shifts a value by about 1e-10 / (2 d) nats
-)
+TINY = 1e-10  # added to a squared length: keeps its root differentiable at 0, shifts a value by 1e-10 / (2 d) nats
+NOWHERE = 1e-12  # a natural parameter this short has no direction: its squares leave the range of float32
 
 
 def _column(natural: Tensor) -> Tensor:
@@ -94,7 +93,7 @@ class VonMisesFisherFamily(ExponentialFamily):
     def law(self, natural: Tensor) -> VonMisesFisher:
         """See :meth:`ExponentialFamily.law`; any direction will do at zero."""
         length = natural.norm(dim=-1, keepdim=True)
-        nowhere = length == 0
+        nowhere = length < NOWHERE
         axis = torch.zeros_like(natural)
         axis[..., 0] = 1.0
         direction = torch.where(nowhere, axis, natural / length.masked_fill(nowhere, 1.0))

@@ -370,6 +370,19 @@ def test_tiles_change_neither_value_nor_gradient(name):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_leading_axes_are_batches_of_their_own(name):
+    family = exponential_family(FAMILIES[name](1, 3))
+    eta = [family.natural(FAMILIES[name](8, 3)).unflatten(0, (2, 4)) for _ in range(3)]
+    together, free = [family.law(e) for e in eta], [0.02 * e for e in eta]
+    bound, factor = interior_bound(together, nu=free, tile=3), emitted(together)
+    for k in range(2):
+        alone = [family.law(e[k]) for e in eta]
+        torch.testing.assert_close(factor[k], emitted(alone))
+        torch.testing.assert_close(bound[k], interior_bound(alone, nu=[e[k] for e in free]))
+        torch.testing.assert_close(shared_latent_log_evidence(together)[k], shared_latent_log_evidence(alone))
+
+
 def test_a_constant_encoder_cheats_the_evidence_and_nothing_else():
     evidences = []
     for kappa in (10.0, 1e2, 1e3, 1e4):

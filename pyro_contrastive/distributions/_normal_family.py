@@ -86,7 +86,7 @@ class DiagonalNormalFamily(ExponentialFamily):
 def _not_positive(value: float) -> str:
     return (
         f"no Gaussian has this natural parameter: its precision must be positive, got {value:.6g}; "
-        "add up posteriors that are at least as narrow as the prior"
+        "add up posteriors that are at least as narrow as the prior, or take a smaller `nu`"
     )
 
 

@@ -177,32 +177,37 @@ def log_ratio_of_factor_analysis(x: Tensor) -> Tensor:
     return shared_latent_log_evidence(posterior)
 
 
+def correlations(x: Tensor, net: LinearRecognition) -> np.ndarray:
+    """Sample correlations of the learned projections of the views."""
+    return np.corrcoef(torch.einsum("jnd,jd->jn", x, net.weight.detach()).numpy())
+
+
 def test_three_linear_views_are_recovered_up_to_a_sign():
-    """Sampling error is about 3 % of a weight at 600 items: 5 such errors are allowed (false alarms below 1e-5)."""
-    x, weight, variance = factor_analysis(3, 600)
+    """The weights' error was .054 +- .014 over eight seeds, all of it of the sample: the limit is 6 deviations away.
+
+    What views say about z has a sharper reference, the triads of the sample's correlations: r12 r13 / r23 is the
+    squared correlation of view 1 and z. Over seven seeds none was off by more than .0045.
+    """
+    x, weight, _ = factor_analysis(3, 600)
     net = fitted(x)
     sign = torch.sign((net.weight * weight).sum())
-    error = (sign * net.weight.detach() - weight).norm() / weight.norm()
-    assert error < 0.15
-    assert (net.variance().detach() / variance - 1).abs().max() < 0.25
+    assert (sign * net.weight.detach() - weight).norm() / weight.norm() < 0.15
+    r = correlations(x, net)
+    triads = [r[0, 1] * r[0, 2] / r[1, 2], r[0, 1] * r[1, 2] / r[0, 2], r[0, 2] * r[1, 2] / r[0, 1]]
+    np.testing.assert_allclose(1 - net.variance().detach().numpy(), triads, rtol=0, atol=0.01)
     # every aggregate became the prior, without being told to
     for q in net(x):
-        assert abs(q.mean.mean().item()) < 0.05
-        assert (q.mean.var() + q.variance[0]).item() == pytest.approx(1.0, abs=0.06)
+        assert abs(q.mean.mean().item()) < 0.01
+        assert (q.mean.var() + q.variance[0]).item() == pytest.approx(1.0, abs=0.02)
 
 
 def test_two_linear_views_are_recovered_up_to_how_they_share_the_correlation():
     """Two views tell the product of the correlations with z alone: the direction of each view, and that product."""
-    x, weight, variance = factor_analysis(2, 600)
+    x, weight, _ = factor_analysis(2, 600)
     net = fitted(x)
-    learned = net.weight.detach()
-    for j in range(2):
-        assert abs(nn.functional.cosine_similarity(learned[j], weight[j], dim=0).item()) > 0.98
-    product, truth = (1 - net.variance()).prod().item(), (1 - variance).prod().item()  # squared canonical correlation
-    u, v = (x[j].numpy() @ weight[j].numpy() for j in range(2))
-    sample = np.corrcoef(u, v)[0, 1] ** 2
-    assert truth == pytest.approx(sample, abs=0.1)  # the sample is not an odd one
-    assert product == pytest.approx(sample, abs=0.05)
+    for learned, true in zip(net.weight.detach(), weight, strict=True):
+        assert abs(nn.functional.cosine_similarity(learned, true, dim=0).item()) > 0.98
+    assert (1 - net.variance()).prod().item() == pytest.approx(correlations(x, net)[0, 1] ** 2, abs=0.01)
 
 
 @pytest.mark.parametrize("views", [2, 3])

@@ -27,6 +27,7 @@ LAYERS = {
     "factors": 3,
     "objectives": 4,
     "priors": 4,
+    "shared_latent": 4,
     "nets": 5,
     "models": 6,
     "guides": 6,  # never from models, nor models from guides: a model is handed its recognition module

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pyro
-import torch
 from torch import Tensor
 
-from pyro_contrastive import distributions as dist
 from pyro_contrastive.modules import Module
+from pyro_contrastive.shared_latent import fused_posterior
 
 from .base import RecognitionGuide
 
@@ -18,19 +16,21 @@ __all__ = ["Fused"]
 
 
 class Fused(Module):
-    r"""The tight guide of a shared latent, :math:`Q(z) \propto P(z) \prod_j R(z|x_j) / R(z)`, for a uniform P and R(z).
+    r"""The tight guide of a shared latent, :math:`Q(z) \propto P(z) \prod_j R(z|x_j) / R(z)`, for R(z) = P(z).
 
-    For von Mises-Fisher recognition it is von Mises-Fisher with :math:`\kappa \mu = \sum_j \kappa_j \mu_j`. Where the
-    aggregate is uniform the ELBO with this guide *is* the evidence; ``diagnostics.evidence_gap`` measures what is left
-    otherwise.
+    For von Mises-Fisher recognition and a uniform prior it is von Mises-Fisher with
+    :math:`\kappa \mu = \sum_j \kappa_j \mu_j`; Gaussian recognition needs views narrower than the prior
+    (:func:`~pyro_contrastive.shared_latent.fused_posterior`). Where the aggregate is the prior the ELBO with this guide
+    *is* the evidence; ``diagnostics.evidence_gap`` measures what is left otherwise.
 
     Args:
-        guide: recognition module with von Mises-Fisher posteriors, ``guides.VonMisesFisher``.
+        guide: recognition module of this package, with posteriors of an exponential family.
 
     Raises:
         TypeError: for a guide that is no recognition module; when called, for posteriors of another family.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> from pyro.infer import Trace_ELBO
         >>> from pyro_contrastive import guides, models, priors
@@ -51,32 +51,6 @@ class Fused(Module):
         """Posterior given one view, see :meth:`~pyro_contrastive.guides.base.RecognitionGuide.posterior`."""
         return self.guide.posterior(x)
 
-    @staticmethod
-    def fuse(posteriors: Sequence[Any]) -> dist.VonMisesFisher:
-        """Posterior given several views.
-
-        Args:
-            posteriors: of the single views, von Mises-Fisher with one batch shape.
-
-        Returns:
-            The law with the sum of their natural parameters.
-
-        Raises:
-            TypeError: for another family.
-        """
-        for q in posteriors:
-            if not isinstance(q, dist.VonMisesFisher):
-                raise TypeError(
-                    f"posteriors are fused in the von Mises-Fisher family, got {type(q).__name__}; "
-                    "use guides.VonMisesFisher"
-                )
-        natural = torch.stack([q.concentration.unsqueeze(-1) * q.mean_direction for q in posteriors]).sum(0)
-        # views that contradict each other exactly leave no direction, and a norm without a gradient
-        square, tiny = natural.square().sum(-1, keepdim=True), torch.finfo(natural.dtype).tiny
-        length = square.clamp(min=tiny).sqrt()
-        direction = torch.where(square > tiny, natural / length, posteriors[0].mean_direction)
-        return dist.VonMisesFisher(direction, length.squeeze(-1))
-
     def forward(self, *views: Tensor) -> None:
         """The Pyro guide: site "z" in the plate "pairs".
 
@@ -85,4 +59,4 @@ class Fused(Module):
         """
         posteriors = self.guide.posteriors(*views)
         with pyro.plate("pairs", len(views[0]), dim=-1):
-            pyro.sample("z", self.fuse(posteriors))
+            pyro.sample("z", fused_posterior(posteriors))

@@ -5,8 +5,10 @@ if __name__ == "guides":
 
 from .base import RecognitionGuide
 from .delta import Delta
+from .fused import Fused
+from .normal import Normal
 from .power_spherical import PowerSpherical
 from .projected_normal import ProjectedNormal
 from .von_mises_fisher import VonMisesFisher
 
-__all__ = ["Delta", "PowerSpherical", "ProjectedNormal", "RecognitionGuide", "VonMisesFisher"]
+__all__ = ["Delta", "Fused", "Normal", "PowerSpherical", "ProjectedNormal", "RecognitionGuide", "VonMisesFisher"]

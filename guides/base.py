@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -102,12 +102,15 @@ class RecognitionGuide(Module):
         ValueError: for ``dim`` < 2, or a width that cannot be read off or is < 1.
     """
 
+    _least_dim: ClassVar[int] = 2
+
     def __init__(self, encoder: nn.Module, dim: int, *, features: int | None = None, batch_norm: bool = True) -> None:
         super().__init__()
         if not isinstance(encoder, nn.Module):
             raise TypeError(f"`encoder` must be a torch.nn.Module, got {type(encoder).__name__}")
-        if not isinstance(dim, int) or dim < 2:
-            raise ValueError(f"`dim` must be an integer >= 2 (the sphere S^(dim-1) of R^dim), got {dim!r}")
+        if not isinstance(dim, int) or dim < self._least_dim:
+            space = "the sphere S^(dim-1) of R^dim" if self._least_dim > 1 else "latents in R^dim"
+            raise ValueError(f"`dim` must be an integer >= {self._least_dim} ({space}), got {dim!r}")
         self.encoder = encoder
         self.dim = dim
         if features is None:
@@ -165,11 +168,14 @@ class RecognitionGuide(Module):
                 return found
         return self._recognise(self._encode(x))
 
-    def forward(self, *views: Tensor) -> None:
-        """The Pyro guide: sites "z1", "z2", ... , one per view, in the plate "pairs".
+    def posteriors(self, *views: Tensor) -> list[TorchDistribution]:
+        """Posteriors of the views of one inference step, each of which the model then gets without another pass.
 
         Args:
             views: tensors with one leading dimension N, paired by rows.
+
+        Returns:
+            One law per view, batch shape ``(N,)``.
 
         Raises:
             ValueError: without views, for empty ones or ones of different lengths, for a lazy encoder without an input.
@@ -192,6 +198,18 @@ class RecognitionGuide(Module):
             features = self._encode(x)
             posteriors.append(self._recognise(features))
             self._pass.store(x, posteriors[-1], features)
-        with pyro.plate("pairs", sizes.pop(), dim=-1):
+        return posteriors
+
+    def forward(self, *views: Tensor) -> None:
+        """The Pyro guide: sites "z1", "z2", ... , one per view, in the plate "pairs".
+
+        Args:
+            views: tensors with one leading dimension N, paired by rows.
+
+        Raises:
+            ValueError: see :meth:`posteriors`.
+        """
+        posteriors = self.posteriors(*views)
+        with pyro.plate("pairs", len(views[0]), dim=-1):
             for j, posterior in enumerate(posteriors, start=1):
                 pyro.sample(f"z{j}", posterior)

@@ -17,6 +17,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Distribution
 
+from .aggregates import aggregate_log_density
 from .distributions import VonMisesFisher
 from .kernels import PairKernel, expected_pairs
 from .ops.matching import matching_log_ratio
@@ -278,7 +279,9 @@ def check_recognition(name: str, guide: Any) -> None:
         )
 
 
-def recognition_factor(name: str, z: Tensor, posterior: Any, *, tile: int | None = None) -> Tensor:
+def recognition_factor(
+    name: str, z: Tensor, posterior: Any, *, aggregate: Any = None, tile: int | None = None
+) -> Tensor:
     r"""Likelihood of the views in a recognition-parametrised model: :math:`R(z_i|x_i) \big/ \frac1N \sum_j R(z_i|x_j)`.
 
     The aggregate R(z) is the average of the batch's recognition laws, the item itself included, so the factor is at
@@ -288,8 +291,10 @@ def recognition_factor(name: str, z: Tensor, posterior: Any, *, tile: int | None
         name: of the factor site, by convention the view that it observes.
         z: ``(..., N, d)`` latents, one per item.
         posterior: recognition law with batch shape ``(N,)``, as returned by ``guide.posterior(x)``.
+        aggregate: recognition law with batch shape ``(M,)`` to average over instead of the batch, for instance of a
+            memory bank or of all data (:mod:`pyro_contrastive.aggregates`).
         tile: side of the tiles, for the laws of this package (:func:`infonce_log_ratio`); by default chosen from the
-            size of the batch.
+            size of the batch. Without an `aggregate` only.
 
     Returns:
         The emitted value, ``(..., N)`` in nats.
@@ -317,5 +322,7 @@ def recognition_factor(name: str, z: Tensor, posterior: Any, *, tile: int | None
             f"factor {name!r} needs latents (..., N, d) and a posterior of batch shape (N,), got "
             f"{tuple(z.shape)} and {tuple(batch)}"
         )
+    if aggregate is not None:
+        return _emit(name, posterior.log_prob(z) - aggregate_log_density(z, aggregate))
     cross = getattr(posterior, "cross_pairs", None)  # without an (N, N, d) tensor, and by tiles when N is large
     return log_ratio_factor(name, cross(z) if cross else posterior.log_prob(z.unsqueeze(-2)), tile=tile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyro_contrastive.diagnostics._intervals import Estimate
 from pyro_contrastive.diagnostics._opinion import opinion_text
+from pyro_contrastive.diagnostics.aggregate_bias import AggregateBias, aggregate_bias
 from pyro_contrastive.diagnostics.alignment import AlignmentScore, align_and_score, cosine_correlation, procrustes
 from pyro_contrastive.diagnostics.arviz_bridge import to_arviz
 from pyro_contrastive.diagnostics.arviz_mcmc import from_pyro
@@ -45,6 +46,7 @@ from pyro_contrastive.diagnostics.checks_truth import (
     judge_variational_sbc,
 )
 from pyro_contrastive.diagnostics.comparison import Comparison, compare
+from pyro_contrastive.diagnostics.evidence_gap import EvidenceGap, evidence_gap
 from pyro_contrastive.diagnostics.identifiability import Identifiability, identifiability, plot_identifiability
 from pyro_contrastive.diagnostics.khat import KHat, guide_khat, psis_khat
 from pyro_contrastive.diagnostics.partner import partner_pit, partner_probability, partner_radius
@@ -130,6 +132,7 @@ from pyro_contrastive.diagnostics.tarp import TARP, expected_coverage, tarp
 from pyro_contrastive.diagnostics.variational_sbc import VSBC, asymmetry_pvalue, variational_sbc
 
 __all__ = [
+    "AggregateBias",
     "AlignmentScore",
     "AxisRecovery",
     "Check",
@@ -140,6 +143,7 @@ __all__ = [
     "CredibleCurve",
     "CredibleSets",
     "Estimate",
+    "EvidenceGap",
     "Identifiability",
     "KHat",
     "LinearRecovery",
@@ -159,6 +163,7 @@ __all__ = [
     "VSBC",
     "accuracy_by_quartile",
     "adjusted_pvalues",
+    "aggregate_bias",
     "aggregate_uniformity",
     "align_and_score",
     "angle_to_mean",
@@ -182,6 +187,7 @@ __all__ = [
     "direction_and_concentration",
     "energy_score",
     "entropy_agreement",
+    "evidence_gap",
     "expected_coverage",
     "from_pyro",
     "guide_khat",

@@ -4,9 +4,10 @@ if __name__ == "guides":
     raise ImportError("import pyro_contrastive.guides, not the bare folder guides")
 
 from .base import RecognitionGuide
+from .categorical import Categorical
 from .delta import Delta
 from .power_spherical import PowerSpherical
 from .projected_normal import ProjectedNormal
 from .von_mises_fisher import VonMisesFisher
 
-__all__ = ["Delta", "PowerSpherical", "ProjectedNormal", "RecognitionGuide", "VonMisesFisher"]
+__all__ = ["Categorical", "Delta", "PowerSpherical", "ProjectedNormal", "RecognitionGuide", "VonMisesFisher"]

@@ -165,11 +165,16 @@ class RecognitionGuide(Module):
                 return found
         return self._recognise(self._encode(x))
 
-    def forward(self, *views: Tensor) -> None:
-        """The Pyro guide: sites "z1", "z2", ... , one per view, in the plate "pairs".
+    def posteriors(self, *views: Tensor) -> list[TorchDistribution]:
+        """Encode the views of one inference step: a model that asks for ``posterior(x)`` of one of them finds it done.
+
+        A Pyro guide other than this module's own calls it, so that the encoder runs once per view and step there too.
 
         Args:
             views: tensors with one leading dimension N, paired by rows.
+
+        Returns:
+            One posterior per view, in order; see :meth:`posterior`.
 
         Raises:
             ValueError: without views, for empty ones or ones of different lengths, for a lazy encoder without an input.
@@ -192,6 +197,18 @@ class RecognitionGuide(Module):
             features = self._encode(x)
             posteriors.append(self._recognise(features))
             self._pass.store(x, posteriors[-1], features)
-        with pyro.plate("pairs", sizes.pop(), dim=-1):
+        return posteriors
+
+    def forward(self, *views: Tensor) -> None:
+        """The Pyro guide: sites "z1", "z2", ... , one per view, in the plate "pairs".
+
+        Args:
+            views: tensors with one leading dimension N, paired by rows.
+
+        Raises:
+            ValueError: see :meth:`posteriors`.
+        """
+        posteriors = self.posteriors(*views)
+        with pyro.plate("pairs", len(views[0]), dim=-1):
             for j, posterior in enumerate(posteriors, start=1):
                 pyro.sample(f"z{j}", posterior)

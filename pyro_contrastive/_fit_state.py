@@ -21,8 +21,8 @@ class FactorRecorder(Messenger):
     """Sum every factor site during the pass that trains, so that no second pass is needed to show it.
 
     Attributes:
-        sums: Scalar tensors by site name, detached. Factors of the guide count negatively, as in the ELBO. A factor with
-            a value per state of an enumerated latent has no sum that would be a part of the ELBO, and is left out.
+        sums: Scalar tensors by site name, detached. Factors of the guide count negatively, as in the ELBO. A factor
+            with a value per state of an enumerated latent has no sum that would be a part of the ELBO: it is left out.
     """
 
     def __init__(self) -> None:
@@ -39,9 +39,8 @@ class FactorRecorder(Messenger):
 
 def _enumerated(msg: Any) -> bool:
     """Whether a site has more batch dimensions than its plates explain: Pyro put the states of a latent there."""
-    return msg["fn"].log_factor.dim() > max(
-        (-frame.dim for frame in msg["cond_indep_stack"] if frame.vectorized), default=0
-    )
+    plates = [-frame.dim for frame in msg["cond_indep_stack"] if frame.vectorized]
+    return bool(plates) and msg["fn"].log_factor.dim() > max(plates)
 
 
 class FitState:

@@ -1,9 +1,9 @@
 r"""Mutual information does not see the geometry of a representation; the InfoNCE prior does. No training.
 
 Views are points s, s' of the unit square, s uniform and s' a normal step of .05 away, drawn again until it is inside.
-The representation z = T_k(s) turns every point around the centre by the angle :math:`k |s - 1/2|^2`. It can be undone and
-keeps areas, so I(z; z') = I(s; s') for every k, while neighbours of the square come to lie far apart. Scored are pairs
-(z, z') by InfoNCE among N candidates, with two critics:
+The representation z = T_k(s) turns every point around the centre by the angle :math:`k |s - 1/2|^2`. It can be undone
+and keeps areas, so I(z; z') = I(s; s') for every k, while neighbours in the square come to lie far apart. Scored are
+pairs (z, z') by InfoNCE among N candidates, with two critics:
 
 * the true density ratio p(s'|s) / p(s'), which is free to undo the twist: its score estimates the mutual information;
 * a Gaussian kernel of z - z' of the best width: the InfoNCE prior "partners are near one another".
@@ -102,7 +102,7 @@ def draw(table: dict[str, np.ndarray], file: Path, seed: int) -> None:
     """The two scores over the twist, and what the twist does to the square."""
     from pyro_contrastive.diagnostics._style import BLUE, GREY, ORANGE, new_figure
 
-    figure = new_figure((11.0, 3.2))
+    figure = new_figure((11.0, 2.9))
     axes = figure.subplots(1, 4, width_ratios=(1.5, 1, 1, 1))
     k = table["twist"].mean(0)
     for name, label, colour, marker in (
@@ -114,7 +114,7 @@ def draw(table: dict[str, np.ndarray], file: Path, seed: int) -> None:
     axes[0].set(xlabel="twist k", ylabel="InfoNCE score in nats", ylim=(0, 4.6))
     axes[0].legend(fontsize=8, frameon=False, loc="upper right")
     axes[0].spines[["top", "right"]].set_visible(False)
-    s, partner = sample(1_500, seed)
+    s, partner = sample(900, seed)
     for panel, twisted in zip(axes[1:], (0.0, 5.0, 20.0), strict=True):
         z, other = twist(s, twisted), twist(partner, twisted)
         panel.scatter(*z.T, c=s[:, 0], cmap="viridis", s=5, linewidths=0)
@@ -122,7 +122,7 @@ def draw(table: dict[str, np.ndarray], file: Path, seed: int) -> None:
         panel.set_title(f"k = {twisted:g}", fontsize=10)
         panel.set(aspect="equal", xticks=[], yticks=[], xlim=(-0.25, 1.25), ylim=(-0.25, 1.25))
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":

@@ -243,14 +243,15 @@ def main(args: Any) -> dict[str, float]:
     best = max(rows, key=lambda row: row["log_likelihood"])
     most = (args.views - 1) * np.log(CLASSES)
     print(
-        f"| restart | log likelihood ratio (most {most:.3f}) | accuracy train | test | classes found | test, all heads | CPU s |"
+        f"| restart | log likelihood ratio (most {most:.3f}) | train | test | classes found | all heads, test | CPU s |"
     )
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         mark = " (highest)" if row is best else ""
+        heads = " ".join(f"{accuracy:.3f}" for accuracy in row["heads"])
         print(
             f"| {row['restart']} | {row['log_likelihood']:.3f}{mark} | {row['train_accuracy']:.3f} | "
-            f"{row['test_accuracy']:.3f} | {row['classes_found']} | {' '.join(f'{a:.2f}' for a in row['heads'])} | {row['cpu_seconds']:.0f} |"
+            f"{row['test_accuracy']:.3f} | {row['classes_found']} | {heads} | {row['cpu_seconds']:.0f} |"
         )
     accuracy = [row["test_accuracy"] for row in rows]
     return {

@@ -46,11 +46,13 @@ class Row:
     learn: bool = False
     marginal: str = "uniform"
     steps: int = 1_500
+    batch_norm: bool = True  # of the guide: whether directions start spread over the sphere or crowded
 
     def name(self, seed: int) -> str:
         """File name of the finished row."""
         learn = "-learned" if self.learn else ""
         text = f"{self.world}-{self.concentration:g}{learn}-{self.evidence}-{self.marginal}-{self.steps}-{seed}"
+        text += "" if self.batch_norm else "-crowded"
         return text.replace(" ", "_").replace(",", "")
 
 
@@ -66,7 +68,7 @@ LEVEL = [  # what the model is told about kappa_pos
     Row("uniform, kappa_pos 20", 40.0, "moment_matched", learn=True),
 ]
 MARGINAL = [  # what the model assumes about the marginal of the latents
-    Row(world, kappa, marginal=marginal)
+    Row(world, kappa, marginal=marginal, batch_norm=False)
     for world, kappa in (
         ("accepted pairs, offset 0.75", 20.0),
         ("prior vMF(10), shared latent", INF),
@@ -75,13 +77,14 @@ MARGINAL = [  # what the model assumes about the marginal of the latents
     for marginal in ("uniform", "empirical")
 ]
 LONGER = [replace(MARGINAL[3], steps=5_000)]  # the shallow direction comes last
+SPREAD = [replace(row, batch_norm=True) for row in (*MARGINAL[1::2], *LONGER)]
 
 
 def train(row: Row, seed: int, device: str, out: Path | None, batch_size: int) -> tuple[Any, Any, Any]:
     """Fit one row; give the world, the model and the guide."""
     pyro.set_rng_seed(seed)
     world = WORLDS[row.world]()
-    guide = guides.VonMisesFisher(nets.mlp([world.observed_dim, 128, 128]), dim=world.dim)
+    guide = guides.VonMisesFisher(nets.mlp([world.observed_dim, 128, 128]), dim=world.dim, batch_norm=row.batch_norm)
     model = models.MCInfoNCE(
         guide,
         concentration=row.concentration,
@@ -149,7 +152,7 @@ def run(out: Path, seed: int = 0, device: str = "auto", small: bool = False) -> 
     """Fit and score all rows that are not in ``out/rows`` yet; give all figures under flat names."""
     rows_dir = out / "rows"
     rows_dir.mkdir(parents=True, exist_ok=True)
-    rows = [*LEVEL, *MARGINAL, *LONGER]
+    rows = [*LEVEL, *MARGINAL, *LONGER, *SPREAD]
     batch_size = 256
     if small:
         kept = [LEVEL[0], LEVEL[7], MARGINAL[1], MARGINAL[3]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal, get_args
 
 import pyro
@@ -71,11 +72,16 @@ class MCInfoNCE(Module):
         marginal: ``"uniform"``: the aggregate of the recognition laws is uniform on the sphere, as the closed forms
             assume. ``"empirical"``: it is whatever it is, and the factor becomes the likelihood of the whole matching
             of the batch (:func:`~pyro_contrastive.factors.matching_factor`), from which the marginals cancel. Needs a
-            closed-form evidence and batches of 128 or more; ``symmetric`` and ``negatives`` say nothing then.
+            closed-form evidence and batches of 128 or more; ``symmetric`` and ``negatives`` say nothing then. It is
+            nearly flat along tilts of the sphere, so latents that are crowded are found from a crowded start only:
+            build the guide with ``batch_norm=False``.
 
     Raises:
         TypeError: for a guide without ``posterior(x)``.
         ValueError: for an unknown evidence or one that does not go with the concentration.
+
+    Warns:
+        UserWarning: for ``marginal="empirical"`` with a guide that spreads its directions by batch norm.
 
     References:
         Kirchhof, Kasneci and Oh, ICML 2023, arXiv 2302.02865.
@@ -121,6 +127,13 @@ class MCInfoNCE(Module):
             raise ValueError(
                 f"`marginal`='empirical' needs a closed-form evidence, got evidence={evidence!r}; use 'exact' or "
                 "'moment_matched' with guides.VonMisesFisher"
+            )
+        if marginal == "empirical" and getattr(guide, "batch_norm", None) is not None:
+            warnings.warn(
+                "marginal='empirical' is for latents that are not uniform, and this guide starts with uniform ones, "
+                "from where they are not found; build it with batch_norm=False",
+                UserWarning,
+                stacklevel=2,
             )
         if not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"`num_samples` must be an integer >= 1, got {num_samples!r}")

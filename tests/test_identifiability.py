@@ -119,7 +119,7 @@ def test_wrong_arguments_are_named():
 
 
 def test_the_model_takes_the_option_for_closed_forms_only():
-    guide = Guide(torch.nn.Linear(8, 16), dim=3)
+    guide = Guide(torch.nn.Linear(8, 16), dim=3, batch_norm=False)
     world = SphereWorld(3, pair_concentration=math.inf, prior_concentration=4.0, observed_dim=8)
     batch = world.sample(32, seed=0)
     values = {}
@@ -129,6 +129,8 @@ def test_the_model_takes_the_option_for_closed_forms_only():
         values[marginal] = trace.nodes["positive"]["log_prob"]
         assert values[marginal].shape == (32,)
     assert not torch.allclose(*values.values(), atol=1e-2)
+    with pytest.warns(UserWarning, match="batch_norm=False"):
+        models.MCInfoNCE(Guide(torch.nn.Linear(8, 16), dim=3), marginal="empirical")
     with pytest.raises(ValueError, match="closed-form"):
         models.MCInfoNCE(guide, concentration=5.0, evidence="k_sample", marginal="empirical")
     with pytest.raises(ValueError, match="`marginal`"):

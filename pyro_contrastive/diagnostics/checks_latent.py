@@ -66,7 +66,8 @@ def judge_uniformity(points: ArrayLike | torch.Tensor, *, assumed: bool = True, 
         else "the level of the widths is not to be relied on. Their order needs another check."
     )
     remedy = (
-        'Fit with `models.MCInfoNCE(marginal="empirical")` and batches of 256, and compare the order of the widths.'
+        'Fit with `models.MCInfoNCE(marginal="empirical")`, a guide with `batch_norm=False` and batches of 256, and '
+        "compare the order of the widths."
     )
     return Check("Uniform aggregate", status, value, text, remedy)
 

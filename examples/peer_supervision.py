@@ -132,26 +132,37 @@ def shift(batch: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def probabilities(guide: nn.Module, images: Tensor) -> Tensor:
-    """Recognition probabilities ``(N, K)``."""
-    return torch.cat([guide.posterior(part).probs for part in images.split(2_000)])
+def recognise(model: Heads, images: Tensor) -> Tensor:
+    """Log probabilities of every head, ``(heads, N, K)``; the network runs once."""
+    found = []
+    for part in images.split(2_000):
+        model.shared.kept = []
+        found.append(torch.stack([head.guide.posterior(part).logits for head in model.models]))
+    model.shared.kept = None
+    return torch.cat(found, 1)
 
 
-def evaluate(model: Any, guide: Any, views: list[Tensor], train: Split, test: Split) -> dict[str, Any]:
-    """Likelihood of the training groups, accuracies, and how many states are the best one of some class."""
-    with torch.no_grad():
-        laws = [probabilities(guide, x).log() for x in views]  # exact: the aggregates are over all groups
-        aggregate = torch.stack([law.logsumexp(0) for law in laws]) - np.log(len(views[0]))
-        log_joint = model.prior.log() + sum(law - row for law, row in zip(laws, aggregate, strict=True))
-    states = [probabilities(guide, x).argmax(1).numpy() for x, _ in (train, test)]
+def score(log_f: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor], index: Tensor) -> dict[str, Any]:
+    """What one head has learned.
+
+    Args:
+        log_f: Log probabilities of the training and the test images, ``(N, K)``.
+        labels: Their classes.
+        index: Groups of training images.
+
+    Returns:
+        Log likelihood ratio of the training groups (mean, nats), accuracies, and how many classes are the most frequent
+        one of some state.
+    """
+    laws = log_f[0][index]  # (T, J, K); the aggregates are over all groups, so the likelihood is exact
+    ratio = laws - (laws.logsumexp(0) - np.log(len(laws)))
     counts = np.zeros((CLASSES, CLASSES))
-    np.add.at(counts, (states[0], train[1].numpy()), 1)
-    matched = np.empty(CLASSES, int)
-    row, column = linear_sum_assignment(counts, maximize=True)
-    matched[row] = column
-    accuracy = [float((matched[s] == y.numpy()).mean()) for s, (_, y) in zip(states, (train, test), strict=True)]
+    states = [table.argmax(1).numpy() for table in log_f]
+    np.add.at(counts, (states[0], labels[0].numpy()), 1)
+    _, name = linear_sum_assignment(counts, maximize=True)
+    accuracy = [float((name[state] == label.numpy()).mean()) for state, label in zip(states, labels, strict=True)]
     return {
-        "log_likelihood": float(log_joint.logsumexp(1).mean()),
+        "log_likelihood": float((ratio.sum(1) - np.log(CLASSES)).logsumexp(1).mean()),  # the prior is uniform
         "train_accuracy": accuracy[0],
         "test_accuracy": accuracy[1],
         "classes_found": len(set(counts.argmax(1))),
@@ -187,8 +198,9 @@ def run(args: Any, number: int, data: tuple[Split, Split]) -> dict[str, Any]:
         progress=f"J = {args.views}, restart {number}",
     )
     seconds = time.process_time() - started
-    views = [train[0][column] for column in index.T]
-    found = [evaluate(head, head.guide, views, train, test) for head in model.cpu().models]
+    model = model.cpu()
+    log_f = zip(recognise(model, train[0]), recognise(model, test[0]), strict=True)
+    found = [score(head, (train[1], test[1]), index) for head in log_f]
     best = max(found, key=lambda row: row["log_likelihood"])
     heads = sorted(row["test_accuracy"] for row in found)
     return {"restart": number, **best, "heads": heads, "groups": len(index), "cpu_seconds": seconds}

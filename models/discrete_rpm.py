@@ -81,7 +81,8 @@ class DiscreteRPM(Module):
                 f"`prior` must be {self.num_states} positive probabilities that sum to one, one per state of the "
                 f"guide, got shape {tuple(value.shape)}, minimum {float(value.min()):g} and sum {total:g}"
             )
-        self.guide = PyroModule[nn.ModuleList](parts) if several else guide
+        module_list: Any = PyroModule[nn.ModuleList]  # a subclass that Pyro makes
+        self.guide = module_list(parts) if several else guide
         if several:
             keep_parameters_local(self)
         if learn_prior:

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pyro.infer import TraceEnum_ELBO
 from scipy import integrate, stats
-from torch import nn
 
-from pyro_contrastive import guides, models
+from pyro_contrastive import guides, nets
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,28 +58,36 @@ def test_groups_share_a_class_and_no_image(size):
     assert index.numel() > 500 - 10 * size and not torch.equal(index, peers.groups(labels, size, seed=4))
 
 
-class Shuffled(nn.Module):
-    """Recognises the class hidden in the first pixel, under other names."""
-
-    num_states = 10
-
-    def posterior(self, x):
-        state = (x.reshape(len(x), -1)[:, 0].round().long() * 3 + 1) % 10
-        return torch.distributions.Categorical(logits=20 * nn.functional.one_hot(state, 10).float())
-
-
 def test_scores_do_not_depend_on_the_names_of_the_states():
     labels = torch.arange(200) % 10
-    images = labels.float().reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8)
-    guide = Shuffled()
-    index = peers.groups(labels, 2, seed=0)
-    views = [images[column] for column in index.T]
+    log_f = torch.full((200, 10), -30.0)
+    log_f[torch.arange(200), (3 * labels + 1) % 10] = 0.0  # knows the class, under another name
     test_labels = labels.clone()
     test_labels[:20] = 0  # 18 of 200 are then wrong: two of these are zeros
-    found = peers.evaluate(models.DiscreteRPM(guide), guide, views, (images, labels), (images, test_labels))
+    found = peers.score((log_f, log_f), (labels, test_labels), peers.groups(labels, 2, seed=0))
     assert found["train_accuracy"] == 1.0 and found["classes_found"] == 10
     assert found["test_accuracy"] == pytest.approx(182 / 200)
     assert found["log_likelihood"] == pytest.approx(np.log(10), abs=1e-4)
+
+
+def test_score_has_the_likelihood_of_the_model_and_heads_share_one_pass():
+    images, labels = torch.rand(60, 1, 8, 8), torch.arange(60) % 10
+    index = peers.groups(labels, 3, seed=0)
+    encoder = nets.mlp([64, 16])
+    calls = []
+    encoder.register_forward_hook(lambda *_: calls.append(1))
+    model = peers.Heads(encoder, 4).eval()
+    log_f = peers.recognise(model, images)
+    assert log_f.shape == (4, 60, 10) and len(calls) == 1
+    for number, head in enumerate(model.models):
+        evidence = float(head.log_evidence(*(images[column] for column in index.T)).detach().mean())
+        found = peers.score((log_f[number], log_f[number]), (labels, labels), index)
+        assert found["log_likelihood"] == pytest.approx(evidence, abs=1e-5)
+    calls.clear()
+    views = list(torch.rand(2, 30, 1, 8, 8))
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(model, lambda *views: None, *views)
+    assert len(calls) == 2
+    assert loss == pytest.approx(-sum(float(m.log_evidence(*views).detach().sum()) for m in model.models), abs=1e-3)
 
 
 def test_mnist_is_read_from_an_npz_file(tmp_path):

@@ -25,7 +25,8 @@ class DiscreteRPM(Module):
 
     The likelihood is a sum over K states, so nothing is approximated: with ``TraceEnum_ELBO`` and a guide without sites
     the ELBO *is* the log likelihood, and its maximum over the networks is maximum likelihood. Only the aggregates F_j
-    are taken over the batch at hand (bias O(1/N)); a batch of all data has the exact ones.
+    are taken over the batch at hand: for views that tell the states apart the log likelihood is then J (K - 1) / 2N too
+    small, to first order. A batch of all data has the exact ones.
 
     Views that tell the states apart perfectly have a log likelihood ratio of (J - 1) H(pi), the most a model with
     F_j = pi can reach. States have no order, several may share one class and one may hold two ("merged clusters", a

@@ -122,6 +122,7 @@ def draw(folder: Path, file: Path) -> None:
     """Draw the curves of a folder."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
@@ -135,6 +136,10 @@ def draw(folder: Path, file: Path) -> None:
             label = f"{name} ({curve[-1]['step']:,.0f} steps)"
             axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
     axes.set(xscale="log", yscale="log")
+    for axis, formatter in ((axes.xaxis, StrMethodFormatter("{x:g}")), (axes.yaxis, PercentFormatter(1.0, decimals=0))):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(formatter)
     axes.set_xlabel("CPU seconds of training", fontsize=11)
     axes.set_ylabel("mean relative error of the concentration", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)

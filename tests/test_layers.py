@@ -25,6 +25,7 @@ LAYERS = {
     "kernels": 2,
     "factors": 3,
     "objectives": 4,
+    "shared_latent": 4,
     "nets": 5,
     "models": 6,
     "guides": 6,  # never from models, nor models from guides: a model is handed its recognition module

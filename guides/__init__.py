@@ -4,6 +4,7 @@ if __name__ == "guides":
     raise ImportError("import pyro_contrastive.guides, not the bare folder guides")
 
 from .base import RecognitionGuide
+from .categorical import Categorical
 from .delta import Delta
 from .fused import Fused
 from .normal import Normal
@@ -11,4 +12,13 @@ from .power_spherical import PowerSpherical
 from .projected_normal import ProjectedNormal
 from .von_mises_fisher import VonMisesFisher
 
-__all__ = ["Delta", "Fused", "Normal", "PowerSpherical", "ProjectedNormal", "RecognitionGuide", "VonMisesFisher"]
+__all__ = [
+    "Categorical",
+    "Delta",
+    "Fused",
+    "Normal",
+    "PowerSpherical",
+    "ProjectedNormal",
+    "RecognitionGuide",
+    "VonMisesFisher",
+]

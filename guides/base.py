@@ -169,13 +169,15 @@ class RecognitionGuide(Module):
         return self._recognise(self._encode(x))
 
     def posteriors(self, *views: Tensor) -> list[TorchDistribution]:
-        """Posteriors of the views of one inference step, each of which the model then gets without another pass.
+        """Encode the views of one inference step: a model that asks for ``posterior(x)`` of one of them finds it done.
+
+        A Pyro guide other than this module's own calls it, so that the encoder runs once per view and step there too.
 
         Args:
             views: tensors with one leading dimension N, paired by rows.
 
         Returns:
-            One law per view, batch shape ``(N,)``.
+            One posterior per view, in order; see :meth:`posterior`.
 
         Raises:
             ValueError: without views, for empty ones or ones of different lengths, for a lazy encoder without an input.

@@ -3,8 +3,9 @@
 if __name__ == "models":
     raise ImportError("import pyro_contrastive.models, not the bare folder models")
 
+from .discrete_rpm import DiscreteRPM
 from .hedged_instance import HedgedInstance
 from .mcinfonce import MCInfoNCE
 from .rpm import RPM
 
-__all__ = ["HedgedInstance", "MCInfoNCE", "RPM"]
+__all__ = ["DiscreteRPM", "HedgedInstance", "MCInfoNCE", "RPM"]

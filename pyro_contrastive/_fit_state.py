@@ -21,7 +21,8 @@ class FactorRecorder(Messenger):
     """Sum every factor site during the pass that trains, so that no second pass is needed to show it.
 
     Attributes:
-        sums: Scalar tensors by site name, detached. Factors of the guide count negatively, as in the ELBO.
+        sums: Scalar tensors by site name, detached. Factors of the guide count negatively, as in the ELBO. A factor
+            with a value per state of an enumerated latent has no sum that would be a part of the ELBO: it is left out.
     """
 
     def __init__(self) -> None:
@@ -30,10 +31,16 @@ class FactorRecorder(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         fn = msg["fn"]
-        if isinstance(fn, Unit):
+        if isinstance(fn, Unit) and not _enumerated(msg):
             value = scale_and_mask(fn.log_factor.detach(), msg["scale"], msg["mask"]).sum()
             in_guide = "has_rsample" in vars(fn)  # Pyro asks for it in guides, and only there
             self.sums[msg["name"]] = self.sums.get(msg["name"], 0) + (-value if in_guide else value)
+
+
+def _enumerated(msg: Any) -> bool:
+    """Whether a site has more batch dimensions than its plates explain: Pyro put the states of a latent there."""
+    plates = [-frame.dim for frame in msg["cond_indep_stack"] if frame.vectorized]
+    return bool(plates) and msg["fn"].log_factor.dim() > max(plates)
 
 
 class FitState:

@@ -244,3 +244,11 @@ def test_single_items_are_recognised_in_eval_mode_only():
     torch.testing.assert_close(alone.concentration, together.concentration[:1])
     plain = guides.VonMisesFisher(mlp([6, 16]), 3, batch_norm=False)
     assert plain.posterior(x[:1]).batch_shape == (1,)
+
+
+def test_views_with_nan_are_called_by_their_name():
+    guide = guides.VonMisesFisher(mlp([6, 16]), 3).eval()
+    x = torch.randn(4, 6)
+    x[1, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"norm nan \(1 of 4 rows\); look for NaN in the inputs"):
+        guide.posterior(x)

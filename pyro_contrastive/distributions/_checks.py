@@ -44,9 +44,15 @@ def check_unit(name: str, value: Tensor) -> None:
     norms = torch.linalg.vector_norm(value.detach(), dim=-1)
     wrong = ~((norms - 1).abs() < UNIT_TOLERANCE)  # written so that NaN counts as wrong
     if bool(wrong.any()):
+        missing = int(norms.isnan().sum())
+        way_out = (
+            "look for NaN in the inputs and in the parameters of the network that made it"
+            if missing
+            else f"pass torch.nn.functional.normalize({name}, dim=-1)"
+        )
         raise ValueError(
-            f"`{name}` must have rows of unit length, got norm {norms[wrong][0].item():.6g} "
-            f"({int(wrong.sum())} of {norms.numel()} rows); pass torch.nn.functional.normalize({name}, dim=-1)"
+            f"`{name}` must have rows of unit length, got norm {'nan' if missing else f'{norms[wrong][0].item():.6g}'} "
+            f"({missing or int(wrong.sum())} of {norms.numel()} rows); {way_out}"
         )
 
 

@@ -28,6 +28,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "moment-matched": {"evidence": "moment_matched"},
     **{f"{k} samples": {"evidence": "k_sample", "num_samples": k} for k in (16, 64, 512)},
 }
+SETTINGS = ("dim", "concentration", "pair_concentration", "batch_size", "seed", "batch_norm")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,6 +47,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--pair-concentration", type=float, default=20.0, metavar="KAPPA", help="known to all; default: %(default)s"
+    )
+    parser.add_argument(
+        "--batch-norm", action=argparse.BooleanOptionalAction, default=True, help="of the guide; default: yes"
     )
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
@@ -92,7 +96,7 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     world = SphereWorld(args.dim, tuple(args.concentration), args.pair_concentration)
     test = world.sample(2_500, seed=1)
     with seeded(args.seed):
-        guide = guides.VonMisesFisher(nets.mlp([world.observed_dim, 128, 128]), args.dim)
+        guide = guides.VonMisesFisher(nets.mlp([world.observed_dim, 128, 128]), args.dim, batch_norm=args.batch_norm)
     curve: list[dict[str, float]] = []
 
     def note(step: int, seconds: float) -> None:
@@ -114,7 +118,7 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     stream = Watched(world.batches(args.batch_size, args.seed), marks, note)
     train(guide, stream, steps, name)
     note(steps, stream.seconds())
-    settings = {key: getattr(args, key) for key in ("dim", "concentration", "pair_concentration", "batch_size", "seed")}
+    settings = {key: getattr(args, key) for key in SETTINGS}
     return {"name": name, **settings, "curve": curve}
 
 

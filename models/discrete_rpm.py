@@ -11,7 +11,7 @@ from pyro.distributions import Categorical
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
-from pyro_contrastive.factors import check_recognition, recognition_factor, state_log_ratio
+from pyro_contrastive.factors import check_recognition, recognition_factor, state_log_aggregate, state_log_ratio
 from pyro_contrastive.modules import Module, keep_parameters_local
 
 __all__ = ["DiscreteRPM"]
@@ -147,8 +147,7 @@ class DiscreteRPM(Module):
             ValueError: see :meth:`forward`; here one view is enough.
         """
         self._check(views, least=1)
-        laws = [self._part(j).posterior(x) for j, x in enumerate(views)]
-        return torch.stack([law.logits.logsumexp(0) - law.logits.new_tensor(len(law.logits)).log() for law in laws])
+        return torch.stack([state_log_aggregate(self._part(j).posterior(x)) for j, x in enumerate(views)])
 
     def posterior(self, *views: Tensor | None, log_aggregate: Tensor | None = None) -> Categorical:
         r"""Exact posterior of the state, :math:`p(z | x_1, \dots) \propto \pi(z) \prod_j f_j(z|x_j) / F_j(z)`.
@@ -197,12 +196,12 @@ class DiscreteRPM(Module):
             ValueError: for guides of more than two views, or an aggregate of another shape.
         """
         self._check((x1, x1), least=2)
-        first, second = (self._part(j).posterior(x).logits for j, x in enumerate((x1, x2)))
+        laws = [self._part(j).posterior(x) for j, x in enumerate((x1, x2))]
         if log_aggregate is None:
-            log_aggregate = torch.stack([t.logsumexp(0) - t.new_tensor(len(t)).log() for t in (first, second)])
+            log_aggregate = torch.stack([state_log_aggregate(law) for law in laws])
         self._check_aggregate(log_aggregate, 2)
         weight = self.prior.log() - log_aggregate.sum(0)
-        return ((first + weight)[:, None] + second).logsumexp(-1)
+        return ((laws[0].logits + weight)[:, None] + laws[1].logits).logsumexp(-1)
 
     def _part(self, view: int) -> Any:
         return self.guide[view] if isinstance(self.guide, nn.ModuleList) else self.guide

@@ -33,6 +33,7 @@ __all__ = [
     "log_ratio_factor",
     "matching_factor",
     "recognition_factor",
+    "state_log_aggregate",
     "state_log_ratio",
 ]
 
@@ -40,7 +41,7 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 Negatives = Literal["sum", "mean"]
 
 
-def _emit(name: str, value: Tensor) -> Tensor:
+def emit(name: str, value: Tensor) -> Tensor:
     """Emit a factor after checking it against the enclosing plate: a wrong shape would be miscounted in silence."""
     plates: list[Any] = [handler for handler in _PYRO_STACK if isinstance(handler, pyro.plate)]
     if not plates:
@@ -154,7 +155,7 @@ def log_ratio_factor(
             :func:`infonce_log_ratio` for the options.
     """
     _check_square(f"factor {name!r}", log_ratios)
-    return _emit(name, infonce_log_ratio(log_ratios, symmetric=symmetric, negatives=negatives, tile=tile))
+    return emit(name, infonce_log_ratio(log_ratios, symmetric=symmetric, negatives=negatives, tile=tile))
 
 
 def matching_factor(name: str, log_ratios: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ def matching_factor(name: str, log_ratios: Tensor) -> Tensor:
     Raises:
         ValueError: if the grid is not square, has fewer than three items, or does not fit the enclosing plate.
     """
-    return _emit(name, matching_log_ratio(log_ratios))
+    return emit(name, matching_log_ratio(log_ratios))
 
 
 def infonce_factor(
@@ -281,6 +282,18 @@ def check_recognition(name: str, guide: Any) -> None:
         )
 
 
+def state_log_aggregate(laws: Categorical) -> Tensor:
+    r"""Log of the average of categorical laws, :math:`\log F(k) = \log \frac1N \sum_j f(k|x_j)`.
+
+    Args:
+        laws: categorical law with batch shape ``(N,)`` over K states.
+
+    Returns:
+        ``(K,)``.
+    """
+    return laws.logits.logsumexp(0) - math.log(len(laws.logits))
+
+
 def state_log_ratio(posterior: Categorical, aggregate: Categorical | None = None) -> Tensor:
     r"""Log likelihood of every item under every state of a discrete latent: :math:`\log f(k|x_i) - \log F(k)`.
 
@@ -299,8 +312,7 @@ def state_log_ratio(posterior: Categorical, aggregate: Categorical | None = None
         tensor([[1.5000, 0.2500],
                 [0.5000, 1.7500]])
     """
-    log_all = (posterior if aggregate is None else aggregate).logits
-    return posterior.logits - (log_all.logsumexp(0) - math.log(len(log_all)))
+    return posterior.logits - state_log_aggregate(posterior if aggregate is None else aggregate)
 
 
 def recognition_factor(
@@ -353,7 +365,7 @@ def recognition_factor(
             f"{tuple(z.shape)} and {tuple(batch)}"
         )
     if aggregate is not None:
-        return _emit(name, posterior.log_prob(z) - aggregate_log_density(z, aggregate))
+        return emit(name, posterior.log_prob(z) - aggregate_log_density(z, aggregate))
     cross = getattr(posterior, "cross_pairs", None)  # without an (N, N, d) tensor, and by tiles when N is large
     return log_ratio_factor(name, cross(z) if cross else posterior.log_prob(z.unsqueeze(-2)), tile=tile)
 
@@ -370,4 +382,4 @@ def _state_factor(name: str, z: Tensor, posterior: Categorical, aggregate: Categ
             f"factor {name!r} compares items of a batch and needs at least 2, got {batch[0]}; "
             "use a larger batch (drop_last=True in a DataLoader)"
         )
-    return _emit(name, state_log_ratio(posterior, aggregate)[torch.arange(batch[0], device=z.device), z])
+    return emit(name, state_log_ratio(posterior, aggregate)[torch.arange(batch[0], device=z.device), z])

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from .distributions.exponential import ExponentialFamily, exponential_family
-from .factors import _emit, infonce_log_ratio
+from .factors import emit, infonce_log_ratio
 from .ops.tiles import PLAIN_ELEMENTS, TILE, Pairs, contrast
 
 __all__ = ["fused_posterior", "interior_bound", "shared_latent_factor", "shared_latent_log_evidence"]
@@ -199,7 +199,7 @@ def shared_latent_factor(name: str, posteriors: Sequence[Any], prior: Any = None
         total = total + infonce_log_ratio(
             pairs, symmetric=len(views) == 2, tile=_side(family.numbers_per_pair, pairs, tile)
         )
-    return _emit(name, total / len(left_out))
+    return emit(name, total / len(left_out))
 
 
 def interior_bound(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pyro_contrastive.aggregates import aggregate_log_density, law_like, law_parameters
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array, derived_seed
 from pyro_contrastive.diagnostics._draws import device_of
+from pyro_contrastive.diagnostics._intervals import mean_and_error
 from pyro_contrastive.ops.random import seeded
 
 __all__ = ["AggregateBias", "aggregate_bias"]
@@ -86,5 +87,5 @@ def aggregate_bias(posterior: Any, *, sizes: Sequence[int] = (16, 64, 256), seed
         found.append(np.concatenate(batches))
     found.append(full)
     off = [value - full[: len(value)] for value in found]
-    bias, error = (np.array([f(v) for v in off]) for f in (np.mean, lambda v: v.std(ddof=1) / np.sqrt(len(v))))
+    bias, error = np.array([mean_and_error(value) for value in off]).T
     return AggregateBias(np.array(grid), np.array([v.mean() for v in found]), bias, error)

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
 from pyro_contrastive.diagnostics._arrays import FloatArray
-from pyro_contrastive.diagnostics.calibration import _checked_pit
+from pyro_contrastive.diagnostics.calibration import checked_pit
 from pyro_contrastive.ops.random import derived_seed
 
 __all__ = ["PITBand", "pit_band"]
@@ -66,7 +66,7 @@ def pit_band(
         >>> pit_band(rng.uniform(size=1000)).pvalue > 0.01, pit_band(narrow_in_the_tails).pvalue < 0.01
         (True, True)
     """
-    values = _checked_pit(pit)
+    values = checked_pit(pit)
     if not 0 < level < 1:
         raise ValueError(f"`level` must lie in (0, 1), got {level!r}")
     if num_points < 1 or num_simulations < 100:

@@ -272,7 +272,7 @@ def uniformity_pvalue(pit: ArrayLike) -> float:
     Returns:
         The p-value. Small: miscalibrated. It falls with N for any fixed error; read the coverage for the size of it.
     """
-    return float(stats.kstest(_checked_pit(pit), "uniform").pvalue)
+    return float(stats.kstest(checked_pit(pit), "uniform").pvalue)
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def coverage(pit: ArrayLike, levels: ArrayLike = (0.5, 0.8, 0.95)) -> Coverage:
         >>> coverage([0.1, 0.4, 0.6, 0.9], levels=[0.5]).empirical
         array([0.5])
     """
-    pit, levels = _checked_pit(pit), np.atleast_1d(np.asarray(levels, dtype=np.float64))
+    pit, levels = checked_pit(pit), np.atleast_1d(np.asarray(levels, dtype=np.float64))
     if not np.all((levels > 0) & (levels < 1)):
         raise ValueError(f"`levels` must be in (0, 1), got {levels.tolist()}")
     inside = (pit[:, None] <= levels).sum(axis=0)
@@ -320,7 +320,7 @@ def coverage(pit: ArrayLike, levels: ArrayLike = (0.5, 0.8, 0.95)) -> Coverage:
     return Coverage(levels, inside / len(pit), lower, upper, len(pit))
 
 
-def _checked_pit(pit: ArrayLike) -> FloatArray:
+def checked_pit(pit: ArrayLike) -> FloatArray:
     pit = np.asarray(pit, dtype=np.float64)
     if pit.ndim != 1 or not len(pit) or not np.all((pit >= 0) & (pit <= 1)):
         raise ValueError(f"`pit` must be a non-empty vector of values in [0, 1], got shape {pit.shape}")

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array
+from pyro_contrastive.diagnostics._intervals import mean_and_error
 from pyro_contrastive.diagnostics.checks import TEST_LEVEL, Check, Status, grade, percent
 from pyro_contrastive.diagnostics.representation import accuracy_by_quartile, corruption_correlation
 
@@ -59,8 +60,8 @@ def judge_partner(check: _Partner, *, level: float = TEST_LEVEL) -> Check:
     size = check.num_candidates
     scores = np.asarray(check.pair_log_score) + math.log(size)
     blocks = scores.mean(axis=1) if check.num_blocks > 1 else scores.ravel()
-    gain = float(scores.mean())
-    reach = float(stats.t.isf(level, len(blocks) - 1) * blocks.std(ddof=1) / math.sqrt(len(blocks)))
+    gain, error = mean_and_error(blocks)
+    reach = float(stats.t.isf(level, len(blocks) - 1) * error)
     value = (
         f"{gain:.2f} nats per pair over guessing among {size} (at most {math.log(size):.2f}), "
         f"right {percent(check.accuracy)} of the time"

@@ -12,8 +12,10 @@ from scipy.special import logsumexp
 from tqdm.auto import tqdm
 
 from pyro_contrastive.diagnostics._arrays import FloatArray
+from pyro_contrastive.diagnostics._intervals import mean_and_error
+from pyro_contrastive.diagnostics._program import Program
 from pyro_contrastive.diagnostics._run import evaluation
-from pyro_contrastive.diagnostics.khat import _Program, psis_khat
+from pyro_contrastive.diagnostics.khat import psis_khat
 
 __all__ = ["EvidenceGap", "evidence_gap"]
 
@@ -126,17 +128,16 @@ def evidence_gap(
     n = len(views[0])
     weights = np.empty((num_samples, n))
     with evaluation(model, guide, seed=seed):
-        program = _Program(model, guide, tuple(views), n)
+        program = Program(model, guide, tuple(views), n)
         for s in tqdm(range(num_samples), "draws", disable=not progress):
             trace = program.draw()
             weights[s] = program.log_p(trace) - program.log_q(trace)
     bounds = np.stack([_bound(weights, k) for k in grid])
-    gaps = bounds[-1] - bounds
-    root = np.sqrt(n)
-    error, gap_error = (v.std(axis=1, ddof=1) / root if n > 1 else np.full(len(grid), np.nan) for v in (bounds, gaps))
+    bound, error = np.array([mean_and_error(row) for row in bounds]).T
+    gap, gap_error = np.array([mean_and_error(row) for row in bounds[-1] - bounds]).T
     # the tail of weights that are equal up to rounding would be that of the rounding
     khat = np.where(np.ptp(weights, axis=0) < _ROUNDING, -np.inf, psis_khat(weights))
-    return EvidenceGap(np.array(grid), bounds.mean(1), error, gaps.mean(1), gap_error, khat)
+    return EvidenceGap(np.array(grid), bound, error, gap, gap_error, khat)
 
 
 def _bound(log_weights: FloatArray, k: int) -> FloatArray:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_contrastive import distributions as sphere
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array, unit_vectors
 from pyro_contrastive.diagnostics._draws import batched, checked_truth, draw_pieces
+from pyro_contrastive.diagnostics._intervals import mean_and_error
 from pyro_contrastive.diagnostics.calibration import Family, cap_radius, direction_and_concentration
 from pyro_contrastive.ops.precision import matmul
 
@@ -38,8 +39,7 @@ class Score:
 
 
 def _score(values: FloatArray) -> Score:
-    n = len(values)
-    return Score(values, float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan"))
+    return Score(values, *mean_and_error(values))
 
 
 def log_score(posterior: Any, truth: ArrayLike | Tensor) -> Score:

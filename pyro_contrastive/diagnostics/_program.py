@@ -17,22 +17,55 @@ __all__ = ["Program"]
 
 
 class Program:
-    """A model and guide with one log density per item, and the exchange of latents between two draws."""
+    """A model and guide with one log density per item, and the exchange of latents between two draws.
+
+    Args:
+        model: Pyro program.
+        guide: Pyro program with the same arguments.
+        views: The arguments.
+        num_items: N.
+    """
 
     def __init__(self, model: Any, guide: Any, views: tuple[Any, ...], num_items: int) -> None:
         self.model, self.guide, self.views, self.num_items = model, guide, views, num_items
 
     def draw(self) -> poutine.Trace:
+        """One draw of the guide.
+
+        Returns:
+            Its trace.
+
+        Raises:
+            ValueError: If the guide has no latent site.
+        """
         trace = poutine.trace(self.guide).get_trace(*self.views)
         if not _latents(trace):
             raise ValueError("`guide` must have at least one latent sample site, got none")
         return trace
 
     def log_q(self, trace: poutine.Trace) -> FloatArray:
-        """Per item; what belongs to no item is shared out evenly."""
+        """Log density of a draw under the guide; what belongs to no item is shared out evenly.
+
+        Args:
+            trace: From `draw`.
+
+        Returns:
+            Per item, shape (N,), in nats.
+        """
         return self._sum(trace)
 
     def log_p(self, trace: poutine.Trace) -> FloatArray:
+        """Log density of a draw and the data under the model.
+
+        Args:
+            trace: From `draw`.
+
+        Returns:
+            Per item, shape (N,), in nats.
+
+        Raises:
+            ValueError: If the guide left out a latent site of the model.
+        """
         found = poutine.trace(poutine.replay(self.model, trace=trace)).get_trace(*self.views)
         missing = [name for name, _ in _latents(found) if name not in trace]
         if missing:
@@ -40,14 +73,34 @@ class Program:
         return self._sum(found)
 
     def coupled(self, one: poutine.Trace, other: poutine.Trace) -> bool:
-        """Whether the terms of an item change with the latents of the others."""
+        """Whether the terms of an item change with the latents of the others.
+
+        Args:
+            one: A draw.
+            other: Another one.
+
+        Returns:
+            True if they do.
+        """
         odd = np.arange(self.num_items) % 2 == 1
         mixed = self.log_p(self.exchanged(one, other, odd))
         apart = np.where(odd, self.log_p(other), self.log_p(one))
         return not np.allclose(mixed, apart, rtol=1e-4, atol=1e-4, equal_nan=True)
 
     def exchanged(self, into: poutine.Trace, source: poutine.Trace, where: NDArray[np.bool_]) -> poutine.Trace:
-        """A copy of one draw that has the latents of some items from another."""
+        """A copy of one draw that has the latents of some items from another.
+
+        Args:
+            into: The draw that is copied.
+            source: Where the latents of the chosen items come from.
+            where: Which items, shape (N,).
+
+        Returns:
+            The trace, with its densities not computed yet.
+
+        Raises:
+            ValueError: If a latent site has no value per item.
+        """
         mixed = into.copy()
         for name, site in _latents(into):
             value = site["value"]

@@ -152,7 +152,7 @@ def test_bad_input(build, error, message):
 
 
 def test_video_moves_as_its_dynamics_say():
-    """Means and covariances of 4,000 clips; each of the 100 numbers is off by 5 standard errors less than once in 10^6."""
+    """Means and covariances of 4,000 clips: 60 numbers, each off by 5 standard errors less than once in 10^6."""
     world = MovingObject(3, angle=0.7, damping=0.8)
     video = world.sample(4_000, seed=3)
     state = torch.cat([video.position, video.velocity], -1)

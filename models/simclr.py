@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import pyro
 import torch
@@ -51,7 +51,6 @@ class SimCLR(Module):
     """
 
     positives: Positives = "supcon_out"  # without labels there is one, and no choice
-    _point: ClassVar[bool] = True  # posteriors may be points
 
     def __init__(self, guide: Any, *, concentration: float = 10.0, learn_concentration: bool = False) -> None:
         super().__init__()

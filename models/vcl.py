@@ -27,12 +27,12 @@ PRIORS: dict[str, type[dist.HypersphericalUniform]] = {
 class VSimCLR(SimCLR):
     r"""SimCLR with posteriors: sampled latents, a uniform prior, and a weight beta on the divergence from it.
 
-    .. math::  \tfrac12 \big[ L(z \to z') + L(z' \to z) \big] + \tfrac{\beta}{d}
-               \big[ KL(q(z|x) \| U) + KL(q(z'|x') \| U) \big]
+    .. math::  \tfrac12 \Big[ L(z \to z') + \tfrac{\beta}{d} KL(q(z|x) \| U) \Big]
+               + \tfrac12 \Big[ L(z' \to z) + \tfrac{\beta}{d} KL(q(z'|x') \| U) \Big]
 
     with the NT-Xent loss L of one draw of each latent. As a Pyro model: z1, z2 ~ ``HypersphericalUniform``, and the
-    factor of :class:`SimCLR`, whose ELBO has the divergence at weight one. The weight belongs to the objective:
-    :meth:`objective` is the ELBO with weight beta / d, **beta being a weight per dimension of the latent**, a
+    factor of :class:`SimCLR`, whose ELBO has both divergences at weight one. The weight belongs to the objective:
+    :meth:`objective` is the ELBO with weight beta / 2d, **beta being a weight per dimension of the latent**, a
     convention of ours (the paper's divisor and weight are not known to us):
 
         fit(model, guide, data, elbo=model.objective())
@@ -58,7 +58,7 @@ class VSimCLR(SimCLR):
     Args:
         guide: recognition module with ``posterior(x)``, used as the Pyro guide too: ``guides.ProjectedNormal``, or
             another family with a density.
-        beta: weight of the divergence, >= 0 and finite; it is divided by d.
+        beta: weight of the divergence, >= 0 and finite; it is divided by d, the dimension.
         kl: see above.
         concentration: kappa of the kernel, > 0 and finite: the inverse of the temperature.
         learn_concentration: learn it.
@@ -104,7 +104,7 @@ class VSimCLR(SimCLR):
         self.kl = kl
 
     def objective(self, *, num_particles: int = 1, **options: Any) -> WeightedELBO:
-        """A fresh objective with the divergence at weight beta / d.
+        """A fresh objective with both divergences at weight beta / 2d.
 
         Args:
             num_particles: draws per step.
@@ -113,7 +113,7 @@ class VSimCLR(SimCLR):
         Returns:
             The objective, for ``SVI(model, guide, optim, loss=...)``, ``fit(..., elbo=...)`` or as an ``ELBOModule``.
         """
-        return WeightedELBO(self.beta / self.guide.dim, num_particles=num_particles, **options)
+        return WeightedELBO(self.beta / (2 * self.guide.dim), num_particles=num_particles, **options)
 
     def _prior(self, posterior: Any) -> TorchDistribution:
         if isinstance(posterior, Delta):

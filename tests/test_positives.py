@@ -51,7 +51,9 @@ def loop(z1, z2, labels, convention, kappa=KAPPA):
             losses.append(-sum(math.log(f(a, p) / total) for p in near) / len(near))
         else:
             losses.append(-math.log(sum(f(a, p) / total for p in near) / len(near)))
-    return torch.tensor([math.log(2 * n - 1) - 0.5 * (losses[i] + losses[i + n]) for i in range(n)]).double()
+    return torch.tensor(
+        [math.log(2 * n - 1) - 0.5 * (losses[i] + losses[i + n]) for i in range(n)], dtype=torch.float64
+    )
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)

@@ -84,6 +84,17 @@ class _Pass:
         return None
 
 
+def _without_labels(arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The views among the arguments that a guide shares with its model."""
+    vectors = [x for x in arguments if x.dim() == 1]
+    if len(vectors) == len(arguments):
+        return arguments  # one number per item is a view, too
+    for x in vectors:
+        if x.is_floating_point() or x.is_complex():
+            raise ValueError(f"labels must be integers (N,), got {x.dtype} {tuple(x.shape)}; views have more axes")
+    return tuple(x for x in arguments if x.dim() != 1)
+
+
 class RecognitionGuide(Module):
     """Amortised recognition law R(z | x): an encoder, heads, and the Pyro guide that samples one latent per view.
 
@@ -206,11 +217,13 @@ class RecognitionGuide(Module):
         """The Pyro guide: sites "z1", "z2", ... , one per view, in the plate "pairs".
 
         Args:
-            views: tensors with one leading dimension N, paired by rows.
+            views: tensors with one leading dimension N, paired by rows. A vector ``(N,)`` of integers among views with
+                more axes holds labels, for the model: it is not encoded.
 
         Raises:
-            ValueError: see :meth:`posteriors`.
+            ValueError: see :meth:`posteriors`; for a vector of other numbers among views with more axes.
         """
+        views = _without_labels(views)
         posteriors = self.posteriors(*views)
         with pyro.plate("pairs", len(views[0]), dim=-1):
             for j, posterior in enumerate(posteriors, start=1):

@@ -7,5 +7,7 @@ from .discrete_rpm import DiscreteRPM
 from .hedged_instance import HedgedInstance
 from .mcinfonce import MCInfoNCE
 from .rpm import RPM
+from .simclr import SimCLR, SupCon
+from .vcl import VSimCLR, VSupCon
 
-__all__ = ["DiscreteRPM", "HedgedInstance", "MCInfoNCE", "RPM"]
+__all__ = ["DiscreteRPM", "HedgedInstance", "MCInfoNCE", "RPM", "SimCLR", "SupCon", "VSimCLR", "VSupCon"]

@@ -130,6 +130,7 @@ from pyro_contrastive.diagnostics.selective import (
 from pyro_contrastive.diagnostics.sphere_html import sphere_html
 from pyro_contrastive.diagnostics.tarp import TARP, expected_coverage, tarp
 from pyro_contrastive.diagnostics.variational_sbc import VSBC, asymmetry_pvalue, variational_sbc
+from pyro_contrastive.diagnostics.width import WidthCalibration, calibrate_width
 
 __all__ = [
     "AggregateBias",
@@ -161,6 +162,7 @@ __all__ = [
     "TARP",
     "Uniformity",
     "VSBC",
+    "WidthCalibration",
     "accuracy_by_quartile",
     "adjusted_pvalues",
     "aggregate_bias",
@@ -169,6 +171,7 @@ __all__ = [
     "angle_to_mean",
     "angle_to_reference",
     "asymmetry_pvalue",
+    "calibrate_width",
     "cap_area",
     "cap_pit",
     "cap_probability",

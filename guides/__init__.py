@@ -10,6 +10,7 @@ from .fused import Fused
 from .normal import Normal
 from .power_spherical import PowerSpherical
 from .projected_normal import ProjectedNormal
+from .siamese import Siamese
 from .von_mises_fisher import VonMisesFisher
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "PowerSpherical",
     "ProjectedNormal",
     "RecognitionGuide",
+    "Siamese",
     "VonMisesFisher",
 ]

@@ -7,5 +7,6 @@ from .discrete_rpm import DiscreteRPM
 from .hedged_instance import HedgedInstance
 from .mcinfonce import MCInfoNCE
 from .rpm import RPM
+from .vi_simsiam import SimSiam, VISimSiam
 
-__all__ = ["DiscreteRPM", "HedgedInstance", "MCInfoNCE", "RPM"]
+__all__ = ["DiscreteRPM", "HedgedInstance", "MCInfoNCE", "RPM", "SimSiam", "VISimSiam"]

@@ -87,7 +87,7 @@ class Siamese(RecognitionGuide):
         features: width of the encoder's output; read off its last layer when omitted.
         batch_norm: standardise features, projections and the predictor's hidden layer over the batch.
         density: family of the prediction. ``"projected_normal"`` has a width per axis with ``width="head"``.
-        width: ``"head"``: kappa(x), a network's output; ``"learned"``: one number for all inputs; ``"fixed"``: as given.
+        width: ``"head"``: kappa(x), a network's output; ``"learned"``: one number for all inputs; ``"fixed"``: stated.
         concentration: kappa > 0, at the start unless it is fixed; for ``"projected_normal"`` 1 / sigma^2. By default
             where the mean resultant length is 0.6, as in the guide of each family.
         width_input: what the head reads: the ``"features"`` (default) or the ``"projection"``.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import pyro
-import torch
 from torch import Tensor
 
 from pyro_contrastive import distributions as dist
@@ -17,7 +16,7 @@ __all__ = ["SimSiam", "VISimSiam"]
 
 
 class VISimSiam(Module):
-    r"""The latent of each view, predicted from the other one: :math:`z_1 \sim PS(\mu(x_2), \kappa(x_2))` and vice versa.
+    r"""The latent of each view, predicted from the other: :math:`z_1 \sim PS(\mu(x_2), \kappa(x_2))`, and vice versa.
 
     The guide puts the latents at the points :math:`z_i = g(x_i)` of the views, without gradient, so minus the ELBO is
 
@@ -49,6 +48,7 @@ class VISimSiam(Module):
         Inference", ICCV 2023, arXiv 2203.11437.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> from pyro_contrastive import guides
         >>> from pyro.infer import Trace_ELBO
@@ -74,7 +74,7 @@ class VISimSiam(Module):
                 "for instance aggregates.MemoryBank(4096)"
             )
         self.guide = guide
-        self.uniformity = uniformity
+        self.uniformity: Any = uniformity
 
     def forward(self, x1: Tensor, x2: Tensor) -> None:
         """The Pyro model: sites "z1", "z2" in the plate "pairs", with `uniformity` also the factors "x1", "x2".
@@ -93,17 +93,18 @@ class VISimSiam(Module):
             )
         from_x1, from_x2 = self.guide.posterior(x1), self.guide.posterior(x2)
         with pyro.plate("pairs", len(x1), dim=-1):
-            for j, law in ((1, from_x2), (2, from_x1)):  # each latent, and what the other view says about it
-                if self.uniformity == "none":
-                    pyro.sample(f"z{j}", law)
-                    continue
-                like = law.mean_direction
-                z = pyro.sample(
-                    f"z{j}", dist.HypersphericalUniform(self.guide.dim, dtype=like.dtype, device=like.device)
-                )
-                view = 3 - j
-                laws = None if self.uniformity == "batch" else self.uniformity(view, law, self.guide)
-                recognition_factor(f"x{view}", z, law, aggregate=laws)
+            self._latent(1, from_x2, view=2)
+            self._latent(2, from_x1, view=1)
+
+    def _latent(self, number: int, law: Any, view: int) -> None:
+        """The latent of one view, and what the other view, number `view`, says about it."""
+        if self.uniformity == "none":
+            pyro.sample(f"z{number}", law)
+            return
+        like = law.mean_direction
+        uniform = dist.HypersphericalUniform(self.guide.dim, dtype=like.dtype, device=like.device)
+        aggregate = None if self.uniformity == "batch" else self.uniformity(view, law, self.guide)
+        recognition_factor(f"x{view}", pyro.sample(f"z{number}", uniform), law, aggregate=aggregate)
 
     def partner_logits(self, x1: Tensor, x2: Tensor) -> Tensor:
         r"""Log evidence that x1[i] and x2[j] show the same thing, by how well each predicts the other.
@@ -119,14 +120,11 @@ class VISimSiam(Module):
             ``(N, M)`` log density ratios in nats.
         """
         one, two = self.guide.branch(x1), self.guide.branch(x2)
-        forth = _cross(one.point, two.prediction) - aggregate_log_density(one.point, two.prediction).unsqueeze(-1)
-        back = _cross(two.point, one.prediction) - aggregate_log_density(two.point, one.prediction).unsqueeze(-1)
-        return 0.5 * (forth + back.mT)
-
-
-def _cross(points: Tensor, laws: Any) -> Tensor:
-    """Log density of every point, (N, d), under every law, (M,)."""
-    return laws.cross_log_prob(points)
+        log_ratios = [
+            law.cross_log_prob(z) - aggregate_log_density(z, law).unsqueeze(-1)
+            for z, law in ((one.point, two.prediction), (two.point, one.prediction))
+        ]
+        return 0.5 * (log_ratios[0] + log_ratios[1].mT)
 
 
 class SimSiam(VISimSiam):

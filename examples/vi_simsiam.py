@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from pyro_contrastive import diagnostics, guides, models, nets
-from pyro_contrastive.data import SphereWorld, ViewLoader, load_digits, shift_and_dropout
+from pyro_contrastive.data import SphereWorld, ViewLoader, corrupt, load_digits, shift_and_dropout
 from pyro_contrastive.fit import fit
 from pyro_contrastive.ops import bessel_ratio, inverse_bessel_ratio
 from pyro_contrastive.ops.random import derived_seed, seeded
@@ -31,6 +31,7 @@ from pyro_contrastive.ops.random import derived_seed, seeded
 PAIR_CONCENTRATION = 20.0
 CONCENTRATIONS = (16.0, 64.0)
 COPIES = 4  # damaged copies of every test digit
+MAX_LEVEL = 0.8  # largest share of pixels that a damaged digit loses, as in training
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ def run(name: str, world: str, seed: int, *, steps: int, batch_size: int, lr: fl
     with seeded(derived_seed(seed)):
         encoder = nets.mlp([64 if digits else sphere.observed_dim, 128, 128], batch_norm=digits)
         guide = guides.Siamese(encoder, row.dim, **row.guide)
-    model = (models.SimSiam if name == "simsiam" else models.VISimSiam)(guide, **(
-        {} if name == "simsiam" else {"uniformity": row.uniformity}
-    ))
+    model = (models.SimSiam if name == "simsiam" else models.VISimSiam)(
+        guide, **({} if name == "simsiam" else {"uniformity": row.uniformity})
+    )
     if digits:
         data: Any = ViewLoader(load_digits("train")[0], shift_and_dropout, batch_size=batch_size, seed=seed)
     else:
@@ -127,15 +128,20 @@ def score_width(branch: guides.siamese.Branch, other: guides.siamese.Branch) -> 
 
 @torch.no_grad()
 def score_digits(guide: guides.Siamese, seed: int) -> dict[str, Any]:
-    """Score a guide on damaged copies of the test digits; the neighbours are the clean training digits' features."""
+    """Score a guide on copies of the test digits.
+
+    Predictions are held against the points of a second view, as in training. For kappa and neighbours the copies lose
+    pixels and are not shifted; the neighbours are the clean training digits, by the encoder's features.
+    """
     (train, train_labels), (test, labels) = load_digits("train"), load_digits("test")
     generator = torch.Generator().manual_seed(derived_seed(seed, 1))
     copies, targets = test.repeat(COPIES, 1, 1, 1), labels.repeat(COPIES)
-    (x1, level), (x2, _) = (shift_and_dropout(copies, generator) for _ in range(2))
-    branch, other = guide.branch(x1), guide.branch(x2)
-    _, kappa = diagnostics.direction_and_concentration(branch.prediction)
+    branch, other = (guide.branch(shift_and_dropout(copies, generator)[0]) for _ in range(2))
+    level = MAX_LEVEL * torch.rand(len(copies), generator=generator)
+    damaged = corrupt(copies, level, generator)
+    _, kappa = diagnostics.direction_and_concentration(guide.posterior(damaged))
     bank = guide.encoder(train)
-    correct = diagnostics.knn_correct(bank, train_labels, guide.encoder(x1), targets)
+    correct = diagnostics.knn_correct(bank, train_labels, guide.encoder(damaged), targets)
     return {
         **score_width(branch, other),
         "kappa": np.quantile(kappa, [0.05, 0.5, 0.95]).tolist(),
@@ -287,7 +293,10 @@ def _medians(results: list[dict[str, Any]], key: str) -> list[str]:
     if isinstance(values[0], str):
         return [", ".join(sorted(set(values)))]
     stacked = np.atleast_1d(np.median(np.asarray(values, dtype=float), axis=0))
-    return [f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:,.0f}" for value in stacked]
+    return [
+        f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:,.0f}"
+        for value in stacked
+    ]
 
 
 def write_tables(file: Path, folder: Path) -> None:

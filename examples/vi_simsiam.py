@@ -51,31 +51,35 @@ class Row:
     dim: int = 16
 
 
-LARGE: dict[str, Any] = {"width": "fixed", "concentration": 1_000.0}
 FIXED = {"density": "von_mises_fisher", "width": "fixed"}
+LARGE: dict[str, Any] = {"width": "fixed", "concentration": 1_000.0, "predictor": nn.Identity()}
+SYMMETRIC = {"stop_gradient": False, "predictor": nn.Identity()}
 ROWS: dict[str, dict[str, Row]] = {
     "digits": {
-        "vi-simsiam": Row("as published: power spherical, kappa(x), no uniformity"),
+        "published": Row("power spherical, kappa(x), no uniformity"),
         "vmf": Row("von Mises-Fisher instead", {"density": "von_mises_fisher"}),
         "projection": Row("kappa read off the projection", {"width_input": "projection"}),
         "simsiam": Row("kappa fixed, von Mises-Fisher: the negative cosine", FIXED),
-        "uniformity": Row("as published, with uniformity over the batch", uniformity="batch"),
-        "no-stop-gradient": Row("as published, without stop-gradient", {"stop_gradient": False}),
-        "no-predictor": Row("kappa = 1,000, no predictor", LARGE | {"predictor": nn.Identity()}),
+        "uniformity": Row("uniformity over the batch added", uniformity="batch"),
+        "rpm": Row("uniformity, no predictor, no stop-gradient", SYMMETRIC, "batch"),
+        "no-stop": Row("as published, without stop-gradient", {"stop_gradient": False}),
+        "no-predictor": Row("kappa = 1,000, no predictor", LARGE),
         "collapse": Row(
             "kappa = 1,000, no predictor, no stop-gradient, heads not standardised",
-            LARGE | {"predictor": nn.Identity(), "stop_gradient": False, "batch_norm": False},
+            LARGE | {"stop_gradient": False, "batch_norm": False},
         ),
     },
     "sphere": {
-        f"{name}-{dim}": Row(f"d = {dim}, {about}", uniformity=uniformity, dim=dim)
+        f"{name}-{dim}": Row(f"d = {dim}, {about}", options, uniformity, dim)
         for dim in (3, 10)
-        for name, about, uniformity in (
-            ("published", "no uniformity", "none"),
-            ("uniformity", "uniformity over the batch", "batch"),
+        for name, about, options, uniformity in (
+            ("published", "as published", {}, "none"),
+            ("uniformity", "uniformity over the batch added", {}, "batch"),
+            ("rpm", "uniformity, no predictor, no stop-gradient", SYMMETRIC, "batch"),
         )
     },
 }
+LR = {"digits": 1e-3, "sphere": 2e-3}
 
 
 def run(name: str, world: str, seed: int, *, steps: int, batch_size: int, lr: float, device: str) -> dict[str, Any]:
@@ -90,20 +94,17 @@ def run(name: str, world: str, seed: int, *, steps: int, batch_size: int, lr: fl
     with seeded(derived_seed(seed)):
         encoder = nets.mlp([64 if digits else sphere.observed_dim, 128, 128], batch_norm=digits)
         guide = guides.Siamese(encoder, row.dim, **row.guide)
-    model = (models.SimSiam if name == "simsiam" else models.VISimSiam)(
-        guide, **({} if name == "simsiam" else {"uniformity": row.uniformity})
-    )
-    if digits:
-        data: Any = ViewLoader(load_digits("train")[0], shift_and_dropout, batch_size=batch_size, seed=seed)
-    else:
+    model = models.SimSiam(guide) if name == "simsiam" else models.VISimSiam(guide, uniformity=row.uniformity)
+    images = load_digits("train")[0]
+    data: Any = ViewLoader(images, shift_and_dropout, batch_size=batch_size, seed=seed)
+    if not digits:
         data = sphere.batches(batch_size, seed=seed)
     started = time.process_time()
     result = fit(
-        model, guide, data.to(device) if digits else data, steps=steps, lr=lr, seed=seed, device=device,
-        progress=f"{name}, {world}, seed {seed}",
-    )  # fmt: skip
+        model, guide, data, steps=steps, lr=lr, seed=seed, device=device, progress=f"{name}, {world}, seed {seed}"
+    )
     seconds = time.process_time() - started
-    scores = score_digits(guide.cpu(), seed) if digits else score_sphere(guide.cpu(), sphere.cpu(), seed)
+    scores = score_digits(guide.cpu(), seed) if digits else score_sphere(guide.cpu(), sphere, seed)
     settings = {"row": name, "world": world, "seed": seed, "steps": steps, "batch_size": batch_size, "lr": lr}
     return {**settings, "status": result.status, "loss": result.history["loss"][-1], "cpu_seconds": seconds, **scores}
 
@@ -237,7 +238,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     parser.add_argument("--steps", type=int, default=1_500, metavar="N", help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="default: %(default)s")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of Adam, cosine to zero; default: %(default)s")
+    parser.add_argument("--lr", type=float, help=f"of Adam, cosine to zero; default: {LR}")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or auto")
     parser.add_argument("--out", type=Path, default=Path("runs/vi_simsiam"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--small", action="store_true", help="20 steps, one seed: shows that it runs")
@@ -259,8 +260,8 @@ def main(args: argparse.Namespace) -> None:
         path = args.out / f"{world}-{name}-{seed}.json"
         if path.exists():
             continue
-        options = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "device": args.device}
-        result = run(name, world, seed, **options)
+        options = {"steps": args.steps, "batch_size": args.batch_size, "device": args.device}
+        result = run(name, world, seed, lr=args.lr or LR[world], **options)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(temporary, path)  # a file that is there is complete
@@ -293,10 +294,7 @@ def _medians(results: list[dict[str, Any]], key: str) -> list[str]:
     if isinstance(values[0], str):
         return [", ".join(sorted(set(values)))]
     stacked = np.atleast_1d(np.median(np.asarray(values, dtype=float), axis=0))
-    return [
-        f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:,.0f}"
-        for value in stacked
-    ]
+    return [f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}" for value in stacked]
 
 
 def write_tables(file: Path, folder: Path) -> None:

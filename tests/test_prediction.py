@@ -38,9 +38,9 @@ def test_right_laws_pass_both_checks(family):
 
 
 @pytest.mark.parametrize("family", [PowerSpherical, VonMisesFisher])
-@pytest.mark.parametrize(("dim", "kappa"), [(2, 3.0), (3, 2.0), (16, 30.0), (64, 200.0)])
+@pytest.mark.parametrize(("dim", "kappa"), [(2, 3.0), (16, 30.0)])
 def test_the_concentration_alone_is_recovered(family, dim, kappa):
-    """From laws that state another one; 5 % is 4 standard errors or more (Fisher information): 8 times 6e-5."""
+    """From laws that state another one; 5 % is 4 standard errors or more (Fisher information): 4 times 6e-5."""
     mean = directions(NUM, dim)
     draws = family(mean, torch.full((NUM,), kappa, dtype=torch.float64)).sample()
     stated = family(mean, torch.full((NUM,), 7.0, dtype=torch.float64))

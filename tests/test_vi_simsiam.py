@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import json
 import math
 import pickle
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -17,6 +21,9 @@ from torch import nn
 
 from pyro_contrastive import diagnostics, guides, models
 from pyro_contrastive.aggregates import FullData, MemoryBank
+from pyro_contrastive.data import SphereWorld
+from pyro_contrastive.distributions import VonMisesFisher
+from pyro_contrastive.fit import fit
 from pyro_contrastive.nets import mlp
 
 DIM, SIZE = 3, 9
@@ -230,14 +237,16 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@each_uniformity
+@pytest.mark.parametrize(
+    ("name", "uniformity"),
+    [*((name, "none") for name in OPTIONS), ("published", "batch"), ("no stop-gradient", "batch")],
+)
 def test_svi_trains_every_parameter_and_the_loss_falls(name, uniformity):
     model, guide = pair(uniformity, torch.float32, **OPTIONS[name])
     data = views(64, torch.float32)
     before = {key: value.clone() for key, value in model.named_parameters()}
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 5e-3}), Trace_ELBO())
-    losses = [svi.step(*data) for _ in range(40)]
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    losses = [svi.step(*data) for _ in range(20)]
     assert losses[-1] < losses[0] - 0.1 * 64
     # a bias before a standardisation changes nothing, and gets a gradient of rounding size
     idle = {"guide.projector.0.bias", "guide.predictor.0.bias"}
@@ -270,19 +279,18 @@ def test_predictive_draws_from_the_other_views_prediction():
         assert torch.equal(points, guide.branch(x1).point.expand(3, SIZE, DIM))
 
 
-@pytest.mark.parametrize("uniformity", ["none", "batch"])
-def test_arviz_has_points_from_the_guide_and_draws_from_its_predictions(uniformity):
-    model, guide = pair(uniformity, torch.float32)
+def test_arviz_has_points_from_the_guide_and_draws_from_its_predictions():
+    model, guide = pair(dtype=torch.float32)
     data = views(dtype=torch.float32)
     points = diagnostics.to_arviz(model, guide, data, num_samples=4)
-    drawn = diagnostics.to_arviz(model, guide.predictions, data, num_samples=500)
+    drawn = diagnostics.to_arviz(model, guide.predictions, data, num_samples=200)
     guide.eval()
     with torch.no_grad():
         branch = guide.branch(data[0])
     np.testing.assert_allclose(points["posterior"]["z1"].values[0, 3], branch.point, rtol=1e-5, atol=1e-6)
     z = drawn["posterior"]["z1"].values[0]
-    # 27 means over 500 draws, 5 sd of components in [-1, 1]: false alarm below 2e-5
-    assert np.abs(z.mean(0) - branch.prediction.mean.numpy()).max() < 5 / math.sqrt(500)
+    # 27 means over 200 draws, 5 sd of components in [-1, 1]: false alarm below 2e-5
+    assert np.abs(z.mean(0) - branch.prediction.mean.numpy()).max() < 5 / math.sqrt(200)
     assert "z2" in points["prior"]
 
 
@@ -345,6 +353,60 @@ def test_starts_at_a_mean_resultant_length_of_six_tenths(density):
     length = (law.sample((4_000,)) * law.mean_direction).sum(-1).mean().item()
     # 36,000 cosines of sd <= 1, though 0.6 is exact for two families only; 0.05 for the third
     assert length == pytest.approx(0.6, abs=0.05 if density == "projected_normal" else 0.02)
+
+
+# --- a known answer ---------------------------------------------------------------------------------------------------
+
+
+def test_symmetric_form_with_uniformity_learns_the_law_of_the_other_view():
+    """On the sphere in space the points become the exact mean directions, and caps hold what they claim."""
+    world = SphereWorld(3)
+    guide = guides.Siamese(mlp([32, 64, 64]), 3, stop_gradient=False, predictor=nn.Identity())
+    model = models.VISimSiam(guide, uniformity="batch")
+    fit(model, guide, world.batches(128, 0), steps=120, lr=1e-2, device="cpu", progress=False)
+    test = world.sample(2_000, seed=9)
+    with torch.no_grad():
+        (points, law), other = guide.branch(test.x1), guide.branch(test.x2).point
+    assert diagnostics.cosine_correlation(points, test.mean_direction1) > 0.98  # .994 to .997 at four seeds
+    widths = (
+        test.concentration1,
+        torch.tensor(20.0),
+        test.concentration2,
+    )  # of the view, of the pair, of the other view
+    lengths = [VonMisesFisher(test.z1, kappa).mean_resultant_length.mean().item() for kappa in widths]
+    assert law.mean_resultant_length.mean().item() == pytest.approx(math.prod(lengths), abs=0.02)
+    assert diagnostics.resultant_length_check(law, other).largest_gap < 0.03
+    shares = diagnostics.coverage(diagnostics.cap_pit(law, other)).empirical
+    np.testing.assert_allclose(shares, [0.5, 0.8, 0.95], atol=0.05)  # 4.5 standard errors of the first
+
+
+# --- the example ------------------------------------------------------------------------------------------------------
+
+
+def example():
+    path = Path(__file__).parents[1] / "examples" / "vi_simsiam.py"
+    spec = importlib.util.spec_from_file_location("example_vi_simsiam", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_example_runs_resumes_and_writes_its_tables(tmp_path, capsys):
+    module = example()
+    command = ["--small", "--rows", "simsiam", "rpm-3", "--out", str(tmp_path / "runs")]
+    module.main(module.parse(command))
+    files = sorted((tmp_path / "runs").glob("*.json"))
+    assert [file.stem for file in files] == ["digits-simsiam-0", "sphere-rpm-3-0"]
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    module.main(module.parse(command))
+    assert capsys.readouterr().out == ""  # nothing is fitted twice
+    page = tmp_path / "page.md"
+    page.write_text(f"Text.\n{module.MARKER}\nold")
+    module.write_tables(page, tmp_path / "runs")
+    text = page.read_text()
+    assert text.startswith("Text.\n") and "old" not in text and "| rpm-3: d = 3, " in text
+    assert len(json.loads(page.with_suffix(".json").read_text())) == 2
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def stationarity_check(
             return 0.0
         if mean_slope(_REACH) >= 0:
             return float("inf")
-        return float(np.exp(optimize.brentq(mean_slope, -_REACH, _REACH, xtol=1e-10)))
+        return float(np.exp(optimize.brentq(mean_slope, -_REACH, _REACH, xtol=1e-6)))
 
     everything = np.arange(len(kappa))
     groups = np.array_split(np.argsort(-kappa, kind="stable"), num_groups)

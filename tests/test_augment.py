@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torchvision.transforms.v2 import functional as tv
 
-from pyro_contrastive.data import crop_flip_jitter, crop_ladder, shift_and_flip
+from pyro_contrastive.data import crop_and_rotate, crop_flip_jitter, crop_ladder, shift_and_flip
 
 
 def images(n, side=32, seed=0):
@@ -69,8 +69,72 @@ def test_jitter_against_torchvision(grey):
         factors = [1 + 0.6 * (2 * float(draw[k, i]) - 1) for k in (5, 6, 7)]
         one = tv.adjust_brightness(one, factors[0])
         one = tv.adjust_contrast(one, factors[1])
-        one = tv.adjust_saturation(one, 0.0 if grey else factors[2])
+        one = tv.adjust_saturation(one, factors[2])
+        one = tv.rgb_to_grayscale(one, 3) if grey else one
         torch.testing.assert_close(view[i], one, atol=2e-4, rtol=0)  # torchvision rounds its weights of the colours
+
+
+def test_simclr_recipe_against_torchvision():
+    x, n = images(60, 12, seed=2), 60
+    x[:3] = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None]  # without colour
+    x[3, 2] = x[3, 0]  # two channels are the largest
+    view, _ = crop_flip_jitter(
+        x, generator(8), scale=(1.0, 1.0), ratio=(1.0, 1.0), jitter=0.4, hue=0.3, probability=0.5, random_order=True
+    )
+    draw = torch.rand((15, n), generator=generator(8))
+    changes = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
+    orders = set()
+    for i in range(n):
+        one = tv.horizontal_flip(x[i]) if float(draw[2, i]) < 0.5 else x[i]
+        amounts = [*(1 + 0.4 * (2 * float(draw[k, i]) - 1) for k in (5, 6, 7)), 0.3 * (2 * float(draw[10, i]) - 1)]
+        order = draw[11:, i].argsort().tolist()
+        if float(draw[9, i]) < 0.5:
+            orders.add(tuple(order))
+            for k in order:
+                one = changes[k](one, amounts[k])
+        one = tv.rgb_to_grayscale(one, 3) if float(draw[8, i]) < 0.2 else one
+        torch.testing.assert_close(view[i], one, atol=1e-3, rtol=0)  # torchvision rounds its weights of the colours
+    assert len(orders) > 8  # of 24, in about 30 draws
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.2, 0.1, 0.5])
+def test_hue_alone_is_torchvisions(turn):
+    x = images(20, 8, seed=4)
+    options = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "jitter": 0.0, "grey": 0.0}
+    plain, _ = crop_flip_jitter(x, generator(6), **options)
+    turned, _ = crop_flip_jitter(x, generator(6), hue=abs(turn), **options)
+    draw = torch.rand((15, 20), generator=generator(6))[10]
+    for i in range(20):
+        expected = tv.adjust_hue(plain[i], abs(turn) * (2 * float(draw[i]) - 1))
+        torch.testing.assert_close(turned[i], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 20)])
+def test_rotation_and_shift_against_torchvision(size):
+    x, n = torch.rand(12, 2, *size, generator=generator(9)), 12
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    view, fraction = crop_and_rotate(x, generator(5), degrees=40.0, shift=0.0, **whole)
+    draw = torch.rand((8, n), generator=generator(5))
+    assert torch.equal(fraction, torch.ones(n))
+    for i in range(n):
+        angle = 40 * (2 * float(draw[5, i]) - 1)  # of the grid: the picture turns the other way
+        expected = tv.rotate(x[i], angle, interpolation=tv.InterpolationMode.BILINEAR)
+        torch.testing.assert_close(view[i], expected, atol=1e-4, rtol=0)
+    moved, _ = crop_and_rotate(x, generator(5), degrees=0.0, shift=0.2, **whole)
+    still, _ = crop_and_rotate(x, generator(5), degrees=0.0, shift=0.0, **whole)
+    torch.testing.assert_close(still, x, atol=1e-5, rtol=0)
+    assert float((moved - x).abs().amax((1, 2, 3)).min()) > 0.1
+
+
+def test_flips_only_where_asked():
+    x = torch.zeros(200, 1, 8, 8)
+    x[:, :, :, :2] = 1.0
+    options = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "degrees": 0.0, "shift": 0.0}
+    view, _ = crop_and_rotate(x, generator(), flip=True, **options)
+    mirrored = int((view[:, 0, 4, 7] > 0.5).sum())
+    assert 60 < mirrored < 140  # 200 fair coins: outside with probability 1e-8
+    view, _ = crop_and_rotate(x, generator(), **options)
+    torch.testing.assert_close(view, x, atol=1e-5, rtol=0)
 
 
 def test_shift_and_flip_against_a_loop():
@@ -100,7 +164,7 @@ def test_ladder_against_torchvision_and_the_same_in_every_subset():
     assert stats.kstest(many.numpy(), stats.uniform(0.25, 0.75).cdf).pvalue > 1e-4  # the rate of false alarms
 
 
-@pytest.mark.parametrize("augment", [crop_flip_jitter, shift_and_flip, crop_ladder])
+@pytest.mark.parametrize("augment", [crop_flip_jitter, crop_and_rotate, shift_and_flip, crop_ladder])
 def test_bytes_and_floats_give_the_same_and_the_global_random_state_stays(augment):
     state = torch.get_rng_state()
     x = (images(5) * 255).byte()
@@ -118,6 +182,11 @@ def test_bytes_and_floats_give_the_same_and_the_global_random_state_stays(augmen
         (lambda x: crop_flip_jitter(x, ratio=(2.0, 1.0)), r"`ratio` .* got \(2.0, 1.0\)"),
         (lambda x: crop_flip_jitter(x, jitter=1.5), r"`jitter` must be in \[0, 1\], got 1.5"),
         (lambda x: crop_flip_jitter(x, grey=float("nan")), r"`grey` must be in \[0, 1\], got nan"),
+        (lambda x: crop_flip_jitter(x, hue=0.6), r"`hue` must be in \[0, 0.5\], got 0.6"),
+        (lambda x: crop_flip_jitter(x, probability=-0.1), r"`probability` must be in \[0, 1\], got -0.1"),
+        (lambda x: crop_and_rotate(x, degrees=200.0), r"`degrees` must be in \[0, 180\], got 200.0"),
+        (lambda x: crop_and_rotate(x, scale=(0.5, 2.0)), r"`scale` must be"),
+        (lambda x: crop_and_rotate(x[0]), r"must be \(N, C, H, W\), got \(3, 8, 8\)"),
         (lambda x: crop_flip_jitter(x[:, :1]), r"colour images \(N, 3, H, W\), got \(2, 1, 8, 8\)"),
         (lambda x: shift_and_flip(x, max_shift=-1), ">= 0 pixels, got -1"),
         (lambda x: crop_ladder(x, smallest=0.0), r"`smallest` must be in \(0, 1\], got 0.0"),

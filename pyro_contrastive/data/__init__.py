@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .augment import crop_flip_jitter, crop_ladder, shift_and_flip
+from .augment import crop_and_rotate, crop_flip_jitter, crop_ladder, shift_and_flip
 from .cifar10h import Cifar10H, Fold, SoftLabelPairs, five_folds, load_cifar10h, sample_partners
 from .digits import corrupt, load_digits, shift_and_dropout
 from .moving_object import MovingObject, Video
@@ -24,6 +24,7 @@ __all__ = [
     "Video",
     "ViewLoader",
     "corrupt",
+    "crop_and_rotate",
     "crop_flip_jitter",
     "crop_ladder",
     "five_folds",

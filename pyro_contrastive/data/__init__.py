@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .augment import crop_and_rotate, crop_flip_jitter, crop_ladder, shift_and_flip
 from .cifar10h import Cifar10H, Fold, SoftLabelPairs, five_folds, load_cifar10h, sample_partners
+from .corruptions import CORRUPTIONS, NUM_SEVERITIES, degrade
 from .digits import corrupt, load_digits, shift_and_dropout
+from .images import IMAGE_SETS, load_images
 from .moving_object import MovingObject, Video
 from .nonuniform_world import AcceptanceWorld
 from .pair_world import PairWorld
@@ -12,6 +14,9 @@ from .sphere_world import SphereBatch, SphereWorld
 from .views import TwoViews, ViewLoader
 
 __all__ = [
+    "CORRUPTIONS",
+    "IMAGE_SETS",
+    "NUM_SEVERITIES",
     "AcceptanceWorld",
     "Cifar10H",
     "Fold",
@@ -27,9 +32,11 @@ __all__ = [
     "crop_and_rotate",
     "crop_flip_jitter",
     "crop_ladder",
+    "degrade",
     "five_folds",
     "load_cifar10h",
     "load_digits",
+    "load_images",
     "sample_partners",
     "shift_and_dropout",
     "shift_and_flip",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_contrastive.data._files import read_arrays
 from pyro_contrastive.data.views import ViewLoader
 
 __all__ = ["Cifar10H", "Fold", "SoftLabelPairs", "five_folds", "load_cifar10h", "sample_partners"]
@@ -82,13 +82,13 @@ def load_cifar10h(
             raise ValueError(f"`counts` must name the file of answers when `path` is a folder, got None; {_COUNTS}")
         arrays = _read_torchvision(path, train, download)
     elif path.exists():
-        arrays = _read(path)
+        arrays = read_arrays(path)
     else:
         raise FileNotFoundError(f"{path} does not exist; pass an npz file with {_ARRAYS}, or a folder. {_IMAGES}")
     if counts is not None:
         if not Path(counts).exists():
             raise FileNotFoundError(f"{counts} does not exist; {_COUNTS}")
-        found = _read(Path(counts))
+        found = read_arrays(Path(counts))
         names = [name for name in ("", "counts", "human_counts") if name in found]
         if not names:
             raise ValueError(f"{counts} must hold the array `counts` [N, 10], got {sorted(found)}; {_COUNTS}")
@@ -107,15 +107,6 @@ def load_cifar10h(
             raise ValueError(f"`y_{part}` must be {len(x)} integers in 0..9, got {y.dtype} {list(y.shape)} in {path}")
         tensors += [torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y.astype(np.int64))]
     return Cifar10H(tensors[0], tensors[1], _soft_labels(arrays["human_counts"], tensors[1]), *tensors[2:])
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file by name; that of an npy file under the empty name."""
-    try:
-        file = np.load(path)
-        return {"": file} if isinstance(file, np.ndarray) else {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a readable npz or npy file: {str(error).splitlines()[0]}") from error
 
 
 def _read_torchvision(root: Path, train: bool, download: bool) -> dict[str, np.ndarray]:

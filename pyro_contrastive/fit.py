@@ -26,13 +26,9 @@ from pyro_contrastive._fit_state import FactorRecorder, FitState
 from pyro_contrastive.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from pyro_contrastive.modules import keep_parameters_local
 from pyro_contrastive.ops.random import get_random_state, seed_generators, seeded, set_random_state
+from pyro_contrastive.schedules import SCHEDULES
 
 __all__ = ["FitResult", "fit", "pick_device"]
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
-    "constant": lambda done: 1.0,
-}
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class FitResult:
             entropies). The parts add up to minus the loss.
         step: Optimiser steps that the parameters have seen.
         status: ``"done"``; ``"diverged"`` (stopped on a non-finite number, last good state put back);
-            ``"interrupted"`` (Ctrl-C).
+            ``"interrupted"`` (Ctrl-C, or ``max_seconds`` were over).
         message: What happened, for a person.
         seconds: Wall time of this call.
         device: Where the modules are.
@@ -106,6 +102,7 @@ def fit(
     out: str | Path | None = None,
     resume: bool = True,
     checkpoint_seconds: float = 60.0,
+    max_seconds: float | None = None,
     config: Mapping[str, Any] | None = None,
     log_every: int | None = None,
     progress: bool | str = True,
@@ -128,7 +125,7 @@ def fit(
         lr: Learning rate of the default optimiser, Adam; ``> 0``.
         optimizer: Builds another one from the list of parameters, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``.
         schedule: ``"cosine"`` (to zero at the last step), ``"constant"``, or a function from the fraction done, in
-            ``[0, 1)``, to the factor on the learning rate.
+            ``[0, 1)``, to the factor on the learning rate, e.g. ``schedules.warmup_cosine(0.05)``.
         clip_norm: Largest norm of the gradient, ``> 0``. None: no clipping.
         elbo: A fresh Pyro objective. Default: ``Trace_ELBO(max_plate_nesting=1)``.
         seed: Seed of everything random in the run but the data.
@@ -138,6 +135,8 @@ def fit(
             uninterrupted run if ``data`` gives the same batches again (PyTorch's global random state, which a
             ``DataLoader`` uses, is replayed).
         checkpoint_seconds: Least time between two checkpoints; the end of the run is always written.
+        max_seconds: Wall time of this call, ``>= 0``, after which it stops as if interrupted, with a checkpoint; the
+            next call goes on. At least one step is made. None: no limit.
         config: Numbers and strings of yours that identify the run; kept in the checkpoint, and a checkpoint with
             other values is refused.
         log_every: Steps per row of the history, ``>= 1``. Default: 50 rows, but at most 50 steps each.
@@ -166,10 +165,13 @@ def fit(
         >>> pyro.clear_param_store()
     """
     started = time.monotonic()
+    deadline = started + (math.inf if max_seconds is None else max_seconds)
     total = _total_steps(data, epochs, steps)
     for name, value in (("lr", lr), ("clip_norm", 1.0 if clip_norm is None else clip_norm)):
         if not value > 0.0:
             raise ValueError(f"`{name}` must be > 0, got {value!r}")
+    if max_seconds is not None and not max_seconds >= 0.0:
+        raise ValueError(f"`max_seconds` must be >= 0 or None, got {max_seconds!r}")
     if log_every is None:
         log_every = max(1, min(50, total // 50))
     elif log_every < 1:
@@ -240,7 +242,7 @@ def fit(
                     views = _views(next(batches), num_views, target)
                     for group, base in zip(optim.param_groups, base_lrs, strict=True):
                         group["lr"] = base * factor(state.step / total)
-                    problem = None
+                    problem, over = None, False
                     try:
                         losses = _gradient_step(objective, elbo, optim, parameters, views, clip_norm)
                     except (ValueError, RuntimeError) as error:  # NaN parameters may be refused by a distribution
@@ -250,7 +252,8 @@ def fit(
                     else:
                         state.advance(losses)
                         bar.update()
-                        if state.step % log_every and state.step < total:
+                        over = state.step < total and time.monotonic() > deadline
+                        if state.step % log_every and state.step < total and not over:
                             continue
                         problem = state.find_problem()
                     if problem is not None:
@@ -261,7 +264,10 @@ def fit(
                             "try a smaller `lr`, `clip_norm=1.0`, or a larger assumed concentration of the pairs"
                         )
                         break
-                    bar.set_postfix_str(state.log(optim.param_groups[0]["lr"]))
+                    if not over or state.step % log_every == 0:
+                        bar.set_postfix_str(state.log(optim.param_groups[0]["lr"]))
+                    if over:
+                        raise KeyboardInterrupt
                     good = state.copy()
                     if time.monotonic() - written > checkpoint_seconds:
                         save(good)

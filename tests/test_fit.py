@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_contrastive.checkpoint import CheckpointError, load_checkpoint
 from pyro_contrastive.data import ViewLoader
 from pyro_contrastive.fit import fit, pick_device
+from pyro_contrastive.schedules import SCHEDULES, warmup_cosine
 
 IMAGES = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
 
@@ -134,6 +137,15 @@ def test_an_interrupted_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp
         rest = run(out=tmp_path / str(at), pair_=pair(seed=5))
         assert rest.step == 23 and rest.history == whole.history
         assert identical(weights(rest), weights(whole))
+
+
+def test_pieces_of_limited_time_add_up_to_the_whole_run(tmp_path):
+    whole, pieces = run(steps=9), [run(steps=9, out=tmp_path, max_seconds=0.0)]
+    while pieces[-1].status == "interrupted":
+        assert pieces[-1].step == len(pieces)  # no time at all is one step
+        pieces.append(run(steps=9, out=tmp_path, pair_=pair(seed=5), max_seconds=0.0))
+    assert pieces[-1].status == "done" and pieces[-1].history == whole.history
+    assert identical(weights(pieces[-1]), weights(whole))
 
 
 def test_resume_is_exact_for_a_shuffling_dataloader_too(tmp_path):
@@ -328,6 +340,7 @@ def test_one_shot_generators_lose_no_batch_and_say_when_they_end():
         ({"steps": None, "epochs": 2, "data": iter([])}, "pass `steps` instead"),
         ({"lr": 0.0}, "`lr` must be > 0, got 0.0"),
         ({"clip_norm": -1.0}, "`clip_norm` must be > 0"),
+        ({"max_seconds": -1.0}, "`max_seconds` must be >= 0 or None, got -1.0"),
         ({"log_every": 0}, "`log_every` must be >= 1"),
         ({"schedule": "linear"}, r"one of \['constant', 'cosine'\], got 'linear'"),
         ({"device": "gpu"}, "'auto', 'cpu', 'cuda'"),
@@ -383,3 +396,14 @@ def test_a_function_beside_a_module_guide_trains_both_and_resumes(tmp_path):
     assert identical(go(12), resumed)
     assert set(pyro.get_param_store().keys()) == {"scale"}  # the guide's parameters stay in the guide
     pyro.clear_param_store()
+
+
+def test_warmup_cosine_rises_and_falls():
+    factor = warmup_cosine(0.25)
+    values = [factor(k / 100) for k in range(101)]
+    assert max(values) == values[25] == 1.0 and values[:26] == sorted(values[:26])
+    assert values[25:] == sorted(values[25:], reverse=True) and values[0] == 0.0 and abs(values[100]) < 1e-12
+    assert factor(0.625) == pytest.approx(0.5)  # half of the fall
+    assert [SCHEDULES["cosine"](k / 4) for k in range(4)] == [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
+    with pytest.raises(ValueError, match=r"`share` must be in \[0, 1\).*got 1"):
+        warmup_cosine(1)

@@ -29,7 +29,7 @@ from _options import finish, make_parser
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_contrastive import diagnostics, guides, models
+from pyro_contrastive import diagnostics, guides, models, nets
 from pyro_contrastive.data import (
     Cifar10H,
     SoftLabelPairs,
@@ -89,27 +89,11 @@ class Encoder(nn.Sequential):
     """ResNet-18 of any width with a 3 x 3 stem for small images, ``(N, 3, H, W) -> (N, 8 width)``."""
 
     def __init__(self, width: int, *, pool: bool = False, centre: bool = False, bf16: bool = False) -> None:
-        from torchvision.models.resnet import BasicBlock
         from torchvision.transforms.v2 import Normalize
-
-        def stage(fan_in: int, fan_out: int, stride: int) -> list[nn.Module]:
-            shortcut = None
-            if stride > 1:
-                shortcut = nn.Sequential(nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), nn.BatchNorm2d(fan_out))
-            return [BasicBlock(fan_in, fan_out, stride, shortcut), BasicBlock(fan_out, fan_out)]
 
         super().__init__(
             Normalize([0.491, 0.482, 0.447], [0.245, 0.243, 0.261]),  # of the training pixels
-            nn.Conv2d(3, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.MaxPool2d(3, 2, padding=1) if pool else nn.Identity(),
-            *stage(width, width, 1),
-            *stage(width, 2 * width, 2),
-            *stage(2 * width, 4 * width, 2),
-            *stage(4 * width, 8 * width, 2),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
+            *nets.small_resnet18(3, width=width, pool=pool),
             nn.BatchNorm1d(8 * width) if centre else nn.Identity(),
         )
         self.bf16 = bf16

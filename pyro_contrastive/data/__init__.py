@@ -14,13 +14,13 @@ from .sphere_world import SphereBatch, SphereWorld
 from .views import TwoViews, ViewLoader
 
 __all__ = [
-    "CORRUPTIONS",
-    "IMAGE_SETS",
-    "NUM_SEVERITIES",
     "AcceptanceWorld",
+    "CORRUPTIONS",
     "Cifar10H",
     "Fold",
+    "IMAGE_SETS",
     "MovingObject",
+    "NUM_SEVERITIES",
     "PairWorld",
     "SoftLabelPairs",
     "SphereBatch",

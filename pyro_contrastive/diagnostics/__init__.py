@@ -47,6 +47,7 @@ from pyro_contrastive.diagnostics.checks_truth import (
 )
 from pyro_contrastive.diagnostics.collapse import Spectrum, embedding_spectrum
 from pyro_contrastive.diagnostics.comparison import Comparison, compare
+from pyro_contrastive.diagnostics.evaluate import CorruptionScores, RepresentationScores, evaluate_representation
 from pyro_contrastive.diagnostics.evidence_gap import EvidenceGap, evidence_gap
 from pyro_contrastive.diagnostics.identifiability import Identifiability, identifiability, plot_identifiability
 from pyro_contrastive.diagnostics.khat import KHat, guide_khat, psis_khat
@@ -86,6 +87,13 @@ from pyro_contrastive.diagnostics.prediction import (
     stationarity_check,
 )
 from pyro_contrastive.diagnostics.predictive import PartnerCheck, Reliability, partner_check
+from pyro_contrastive.diagnostics.probe import (
+    LinearProbe,
+    alignment_loss,
+    linear_probe,
+    uncertainty,
+    uniformity_loss,
+)
 from pyro_contrastive.diagnostics.quantities import (
     angle_to_mean,
     angle_to_reference,
@@ -147,6 +155,7 @@ __all__ = [
     "ClassScores",
     "Comparison",
     "ConcentrationRecovery",
+    "CorruptionScores",
     "Coverage",
     "CredibleCurve",
     "CredibleSets",
@@ -154,12 +163,14 @@ __all__ = [
     "EvidenceGap",
     "Identifiability",
     "KHat",
+    "LinearProbe",
     "LinearRecovery",
     "PITBand",
     "PartnerCheck",
     "Picture",
     "RankingScores",
     "Reliability",
+    "RepresentationScores",
     "ResultantLengthCheck",
     "RiskCoverage",
     "SBC",
@@ -178,6 +189,7 @@ __all__ = [
     "aggregate_bias",
     "aggregate_uniformity",
     "align_and_score",
+    "alignment_loss",
     "angle_to_mean",
     "angle_to_reference",
     "asymmetry_pvalue",
@@ -201,6 +213,7 @@ __all__ = [
     "embedding_spectrum",
     "energy_score",
     "entropy_agreement",
+    "evaluate_representation",
     "evidence_gap",
     "expected_coverage",
     "from_pyro",
@@ -228,6 +241,7 @@ __all__ = [
     "knn_accuracy",
     "knn_correct",
     "label_entropy",
+    "linear_probe",
     "linear_r2",
     "log_density",
     "log_score",
@@ -284,6 +298,8 @@ __all__ = [
     "stream_arviz",
     "tarp",
     "to_arviz",
+    "uncertainty",
+    "uniformity_loss",
     "uniformity_pvalue",
     "variational_sbc",
     "verdict",

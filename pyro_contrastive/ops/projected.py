@@ -64,7 +64,7 @@ def projected_mean(loc: Tensor, scale_diag: Tensor) -> Tensor:
 
     as :math:`1/|w| = \frac{2}{\sqrt\pi} \int_0^\infty e^{-s^2 |w|^2} ds`. With :math:`s = \sinh x` in units of
     :math:`1/\sqrt{E|w|^2}` the integrand is smooth, even and falls off fast: the trapezoidal rule is exact to rounding.
-    Measured against mpmath for equal scales and d from 2 to 1024: relative error below 1e-11 in float64, 1e-5 in float32.
+    Against mpmath, for equal scales and d from 2 to 1024: relative errors below 1e-11 in float64, 1e-5 in float32.
 
     Args:
         loc: means of the Gaussian, ``(*batch, d)``.

@@ -34,7 +34,7 @@ def bent(q, level, power):
 )
 def test_the_right_width_is_found(pair_concentration, level, power):
     """4 standard errors on either figure: a false alarm in 8,000 seeds, were the errors normal and known."""
-    _, laws = exact(pair_concentration, 2048)
+    _, laws = exact(pair_concentration, 1024)
     wrong = [bent(q, level, power) for q in laws]
     found = diagnostics.calibrate_width(*wrong, pair_concentration, batch_size=64)
     # level' = 16 (kappa / level)^(1 / power), read at the centre
@@ -68,12 +68,12 @@ def test_evidence_is_that_of_the_calibrated_laws_and_largest_there():
 
 def test_calibrated_projected_normals_cover_the_truth():
     """Shares of 1,024 latents inside caps: 4 standard errors."""
-    _, laws = exact(INF, 1024, seed=1)
+    _, laws = exact(INF, 512, seed=1)
     truth, tested = exact(INF, 1024, seed=2)
     narrow = [
         ProjectedNormal(q.mean_direction, 0.3 * q.concentration.rsqrt().unsqueeze(-1)) for q in (*laws, tested[0])
     ]
-    found = diagnostics.calibrate_width(*narrow[:2], INF, batch_size=128)
+    found = diagnostics.calibrate_width(*narrow[:2], INF, batch_size=64)
     before = diagnostics.coverage(diagnostics.cap_pit(narrow[2], truth.z1))
     after = diagnostics.coverage(diagnostics.cap_pit(found.posterior(narrow[2]), truth.z1))
     assert (before.upper < before.levels).all()
@@ -82,16 +82,17 @@ def test_calibrated_projected_normals_cover_the_truth():
 
 
 def test_a_right_width_is_called_right():
-    _, laws = exact(INF, 1024)
-    found = diagnostics.calibrate_width(*laws, batch_size=128, stretch=False)
+    _, laws = exact(INF, 512)
+    found = diagnostics.calibrate_width(*laws, batch_size=64, stretch=False)
     assert abs(math.log(found.factor)) < 4 * found.factor_error
-    assert "too wide" in diagnostics.calibrate_width(*(bent(q, 2.0, 1.0) for q in laws), stretch=False).summary()
+    wide = [bent(q, 2.0, 1.0) for q in laws]
+    assert "too wide" in diagnostics.calibrate_width(*wide, batch_size=64, stretch=False).summary()
 
 
 def test_directions_that_no_width_explains():
     _, laws = exact(20.0, 512)
     same = [laws[0], VonMisesFisher(laws[0].mean_direction, laws[1].concentration)]
-    found = diagnostics.calibrate_width(*same, 20.0, batch_size=128, stretch=False)
+    found = diagnostics.calibrate_width(*same, 20.0, batch_size=64, stretch=False)
     assert found.at_limit and found.factor < 1
     assert "No factor within" in found.summary()
 

@@ -81,16 +81,16 @@ def test_loss_is_the_factor_minus_the_weighted_divergence(name):
 def test_exact_divergence_enters_with_its_weight():
     """One seed, so one draw of every latent: the difference of two losses is the sampled divergence. 5 s.e."""
     model, guide = make("VSimCLR, exact", F64)
-    views = data("VSimCLR", size=400, dtype=F64)
+    views = data("VSimCLR", size=200, dtype=F64)
     guide.eval()
     losses = []
     for weight in (0.5, 1.5):
         torch.manual_seed(0)
         losses.append(WeightedELBO(weight).loss(model, guide, *views))
     with torch.no_grad():
-        laws = [guide.posterior(x).expand((50, 400)) for x in views]
+        laws = [guide.posterior(x).expand((50, 200)) for x in views]
         samples = sum(kl_divergence(q, dist.HypersphericalUniform(DIM)).sum(-1) for q in laws)
-    assert samples.std() < 0.05 * samples.mean()
+    assert samples.std() < 0.1 * samples.mean()
     assert abs(losses[1] - losses[0] - samples.mean()) < 5 * samples.std() * math.sqrt(1 + 1 / 50)
 
 
@@ -135,7 +135,7 @@ def test_weighted_elbo_scales_what_has_no_registered_divergence():
 
 def test_trace_elbo_has_the_exact_divergence_at_weight_one():
     """Whatever `kl` and beta say. 5 s.e. of 40 losses each."""
-    views = data("VSimCLR", size=300, dtype=F64)
+    views = data("VSimCLR", size=100, dtype=F64)
     model, guide = make("VSimCLR", F64)
     exact = models.VSimCLR(guide, beta=0.0, kl="exact", concentration=KAPPA).double()
     guide.eval()
@@ -204,11 +204,11 @@ def test_other_families_have_their_exact_divergence():
 @each
 def test_svi_trains_every_parameter_and_the_loss_falls(name):
     model, guide = make(name)
-    views = data(name, 32)
+    views = data(name, 16)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 5e-3}), objective(model))
-    losses = [svi.step(*views) for _ in range(40)]
-    assert sum(losses[-5:]) < sum(losses[:5]) - 0.1 * 32 * 5
+    losses = [svi.step(*views) for _ in range(30)]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.1 * 16 * 5
     learned = {k for k, _ in model.named_parameters()}
     assert not [k for k in learned if torch.equal(model.state_dict()[k], before[k])]
 

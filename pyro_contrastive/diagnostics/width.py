@@ -7,6 +7,7 @@ pairs has no such weight: maximised over a common change of the concentrations, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = ["WidthCalibration", "calibrate_width"]
 _REACH = math.log(30.0)  # how far the factor is looked for, either way
 _POWERS = (0.0, 20.0)
 _LARGEST = 1e6  # concentrations beyond say "a point"
+_ELEMENTS = 2**19  # pairs that are evaluated at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,31 +181,35 @@ def calibrate_width(
                 "posteriors must have a width, got concentrations that are zero or infinite; point embeddings "
                 "(guides.Delta) and uniform laws have none to change"
             )
-        laws.append((torch.from_numpy(mean), torch.from_numpy(kappa)))
+        mean, kappa = mean[: batches * batch_size], kappa[: batches * batch_size]
+        shape = (batches, batch_size)
+        laws.append((torch.from_numpy(mean).unflatten(0, shape), torch.from_numpy(kappa).unflatten(0, shape)))
     centre = float(torch.cat([kappa for _, kappa in laws]).log().mean().exp())
+    together = max(1, _ELEMENTS // batch_size**2)
 
-    def evidence(parameters: Tensor) -> Tensor:
-        """Of each batch, (B,)."""
-        means = []
-        for start in range(0, batches * batch_size, batch_size):
-            part = slice(start, start + batch_size)
-            q1, q2 = (VonMisesFisher(mean[part], _moved(kappa[part], centre, parameters)) for mean, kappa in laws)
-            means.append(infonce_log_ratio(expected_log_ratio(q1, q2, pair_concentration), symmetric=True).mean())
-        return torch.stack(means)
+    def evidence(values: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Evidence of each batch, (B,), and its gradient to the parameters, (B, P)."""
+        parameters = torch.tensor([values[0], values[1] if len(values) > 1 else 1.0], dtype=torch.float64)
+        results, gradients = [], []
+        for start in range(0, batches, together):
+            part = slice(start, start + together)
+            own = parameters.expand(len(laws[0][1][part]), 1, 2).clone().requires_grad_()  # one copy for each batch
+            q1, q2 = (VonMisesFisher(mean[part], _moved(kappa[part], centre, own)) for mean, kappa in laws)
+            value = infonce_log_ratio(expected_log_ratio(q1, q2, pair_concentration), symmetric=True).mean(-1)
+            gradients.append(torch.autograd.grad(value.sum(), own)[0][:, 0, : len(values)].numpy())
+            results.append(value.detach().numpy())
+        return np.concatenate(results), np.concatenate(gradients)
 
-    def loss_and_gradient(values: FloatArray) -> tuple[float, FloatArray]:
-        parameters = _parameters(values).requires_grad_()
-        loss = -evidence(parameters).mean()
-        (gradient,) = torch.autograd.grad(loss, parameters)
-        return loss.item(), gradient.numpy()[: len(values)]
+    def loss(values: FloatArray) -> tuple[float, FloatArray]:
+        value, gradient = evidence(values)
+        return -float(value.mean()), -gradient.mean(0)
 
     start = np.array([0.0, 1.0][: 1 + stretch])
     bounds = [(-_REACH, _REACH), _POWERS][: 1 + stretch]
     options = {"ftol": 1e-7, "gtol": 1e-4}  # a ten-thousandth of a nat is far below the standard error
-    found = optimize.minimize(loss_and_gradient, start, jac=True, bounds=bounds, method="L-BFGS-B", options=options)
-    errors = _errors(evidence, found.x)
-    with torch.no_grad():
-        before, after = evidence(_parameters(np.array([0.0]))), evidence(_parameters(found.x))
+    found = optimize.minimize(loss, start, jac=True, bounds=bounds, method="L-BFGS-B", options=options)
+    before, (after, gradient) = evidence(start)[0], evidence(found.x)
+    errors = _errors(lambda values: evidence(values)[1].mean(0), found.x, gradient)
     gain = after - before
     return WidthCalibration(
         factor=float(math.exp(found.x[0])),
@@ -212,37 +218,24 @@ def calibrate_width(
         power_error=errors[1] if stretch else 0.0,
         centre=centre,
         pair_concentration=float(pair_concentration),
-        evidence=np.array([before.mean().item(), after.mean().item()]),
-        gain_error=float(gain.std() / math.sqrt(batches)),
+        evidence=np.array([before.mean(), after.mean()]),
+        gain_error=float(gain.std(ddof=1) / math.sqrt(batches)),
         at_limit=bool(abs(found.x[0]) > 0.99 * _REACH),
         num_pairs=batches * batch_size,
     )
 
 
-def _parameters(values: FloatArray) -> Tensor:
-    """Log factor and power."""
-    return torch.tensor([values[0], values[1] if len(values) > 1 else 1.0], dtype=torch.float64)
-
-
 def _moved(kappa: Tensor, centre: float, parameters: Tensor) -> Tensor:
-    log_kappa = math.log(centre) + parameters[1] * (kappa.log() - math.log(centre)) - 2 * parameters[0]
+    """Concentrations under the log factor and the power, `parameters[..., :]`."""
+    log_centre = math.log(centre)
+    log_kappa = log_centre + parameters[..., 1] * (kappa.log() - log_centre) - 2 * parameters[..., 0]
     return log_kappa.clamp_max(math.log(_LARGEST)).exp()
 
 
-def _errors(evidence: Any, values: FloatArray) -> list[float]:
-    """Standard errors of a maximum likelihood estimate whose items come in batches: the sandwich formula."""
-    step = 0.02
-
-    def scores(at: FloatArray) -> FloatArray:
-        """Gradient of each batch, (B, P)."""
-        parameters = _parameters(at).requires_grad_()
-        rows = [torch.autograd.grad(value, parameters, retain_graph=True)[0] for value in evidence(parameters)]
-        return torch.stack(rows).numpy()[:, : len(at)]
-
-    each = scores(values)
+def _errors(score: Callable[[FloatArray], FloatArray], at: FloatArray, each: FloatArray) -> list[float]:
+    """Standard errors of a maximum of the mean of batches: the sandwich formula, with the scores of each batch."""
     meat = np.atleast_2d(np.cov(each.T)) / len(each)
-    curvature = np.stack(
-        [(scores(values + e).mean(0) - scores(values - e).mean(0)) / (2 * step) for e in step * np.eye(len(values))]
-    )
-    inverse = np.linalg.pinv(curvature)
-    return [float(value) for value in np.sqrt(np.diag(inverse @ meat @ inverse))]
+    steps = 0.02 * np.eye(len(at))
+    curvature = np.stack([(score(at + step) - score(at - step)) / 0.04 for step in steps])
+    bread = np.linalg.pinv(curvature)
+    return [float(value) for value in np.sqrt(np.diag(bread @ meat @ bread.T))]

@@ -11,7 +11,7 @@ Scored is the linear R^2 of position and velocity on fresh clips. The state of t
 numbers of its own time; for InfoNCE from the codes of all eight frames together, which favours it: a difference of two
 codes may serve as the velocity. The ceiling is the posterior given the true positions.
 
-Trains three seeds, about 7 minutes on one core; an interrupted run goes on. Writes the table, `summary.json`,
+Trains three seeds, about 8 minutes on one core; an interrupted run goes on. Writes the table, `summary.json`,
 `moving_object.png` and checkpoints. Options: ``--out DIR --seed N --device auto|cpu|cuda --small --background H``.
 """
 
@@ -128,7 +128,7 @@ def draw(world: MovingObject, clips: Video, outcomes: dict[str, Outcome], file: 
     reach = float(world.grid[-1])
     clip.imshow(torch.stack(clips.frames)[:, one, 0].amax(0), cmap="gray_r", extent=(-reach, reach, reach, -reach))
     clip.plot(*clips.position[one].T, color=ORANGE, marker="o", markersize=3, linewidth=1)
-    clip.set_title("a clip, its frames on top of one another", fontsize=9)
+    clip.set_title("eight frames of a clip", fontsize=9)
     line = torch.linspace(-2, 2, 9)
     lattice = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1)
     for panel, method, colour in zip(planes, ("dynamics", "sphere"), (BLUE, ORANGE), strict=True):
@@ -142,7 +142,7 @@ def draw(world: MovingObject, clips: Video, outcomes: dict[str, Outcome], file: 
             panel.plot(*lines.movedim(-1, 0).transpose(1, 2), color=GREY, linewidth=0.6, alpha=0.6)
         for lines in (placed, placed.transpose(0, 1)):
             panel.plot(*lines.movedim(-1, 0).transpose(1, 2), color=colour, linewidth=1.3)
-        panel.set_title(f"{METHODS[method]}: the plane, grey, and its codes", fontsize=9)
+        panel.set_title(f"{METHODS[method]}: codes of the grid", fontsize=9)
         panel.set(xlim=(-reach, reach), ylim=(reach, -reach))
     for panel in (clip, *planes):
         panel.set(aspect="equal", xticks=[], yticks=[])

@@ -255,7 +255,7 @@ def run(method: str, data: dict[str, Any], args: argparse.Namespace, deadline: f
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: setting.num_bank]
     scores = diagnostics.evaluate_representation(
         guide,
-        (images.cpu()[order], labels[order]),
+        (images[order], labels[order]),
         tuple(part[: setting.num_test] for part in data["test"]),
         features=encoder.features,
         augment=augment,

@@ -98,13 +98,13 @@ def _read_torchvision(name: str, split: Split, root: Path, download: bool) -> tu
             known = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
             data = known[name](str(root), train=train, download=download)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
         way_out = (
             "the download failed; check the connection, or put the files there as torchvision does"
             if download
             else "let torchvision fetch it (download=True, in the examples --download), or name the folder that has it"
         )
-        raise FileNotFoundError(f"{root} holds no intact {name}: {reason} Way out: {way_out}.") from error
+        raise FileNotFoundError(f"{root} holds no intact {name}: {reason}; {way_out}") from error
     pixels, labels = np.asarray(data.data), np.asarray(data.labels if name == "svhn" else data.targets)
     return _as_tensors(pixels.transpose(0, 2, 3, 1) if name == "svhn" else pixels, labels, root)
 

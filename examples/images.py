@@ -75,7 +75,7 @@ class Setting:
 
 EVERYTHING = {"num_bank": 10**9, "num_test": 10**9, "num_corrupted": 2_000}
 SETTINGS = {  # by kind of images and --small
-    ("tiny", True): Setting(600),
+    ("tiny", True): Setting(300),
     ("grey", True): Setting(800),
     ("colour", True): Setting(300, dim=64, width=16),
     ("tiny", False): Setting(3_000, **EVERYTHING),

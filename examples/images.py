@@ -76,8 +76,8 @@ class Setting:
 EVERYTHING = {"num_bank": 10**9, "num_test": 10**9, "num_corrupted": 2_000}
 SETTINGS = {  # by kind of images and --small
     ("tiny", True): Setting(300),
-    ("grey", True): Setting(800),
-    ("colour", True): Setting(300, dim=64, width=16),
+    ("grey", True): Setting(1_500),
+    ("colour", True): Setting(500, dim=64, width=16),
     ("tiny", False): Setting(3_000, **EVERYTHING),
     ("grey", False): Setting(10_000, 512, 64, **EVERYTHING),
     ("colour", False): Setting(20_000, 512, 128, 64, "sgd", **EVERYTHING),

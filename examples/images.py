@@ -261,7 +261,8 @@ def run(method: str, data: dict[str, Any], args: argparse.Namespace, deadline: f
         augment=augment,
         num_corrupted=setting.num_corrupted,
         ood={name: images[: setting.num_test] for name, images in data["strangers"].items()},
-        pair_concentration=float(getattr(model, "concentration", math.inf)),
+        # a temperature is no statement on the views; RPM learns one, for the others two views share the latent
+        pair_concentration=float(model.concentration) if method == "rpm" else math.inf,
         seed=args.seed,
     )
     print(f"{name}\n{scores.summary()}", flush=True)

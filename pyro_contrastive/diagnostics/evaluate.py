@@ -66,7 +66,8 @@ class RepresentationScores:
         alignment: `alignment_loss` of two augmented views, or None without an augmentation.
         lengths: Predicted against realised mean resultant length on pairs of views, or None without an augmentation or
             widths. If one view has a posterior of length R1 and the other R2, the cosine of their directions should be
-            R1 R2 A(kappa_pair) on average; for a guide that predicts the other view's point, it is R1.
+            R1 R2 A(kappa_pair) on average, for uniform latents and laws symmetric about their direction; for a guide
+            that predicts the other view's point, it is R1.
         knn_correct: Whether each test image was answered right, shape (N,).
         uncertainty: One minus the mean resultant length, shape (N,), or None for points.
         quartiles: Accuracy of the surest to the least sure quarter, shape (4,), or None for points.
@@ -195,7 +196,8 @@ def evaluate_representation(
         corruptions: Kinds of `data.degrade`; none to leave them out.
         num_corrupted: Test images per kind and severity, from the first on.
         ood: Images that show something else, by name, each at least two.
-        pair_concentration: Concentration between the latents of two views that the model states, > 0.
+        pair_concentration: Concentration between the latents of two views that the model states, > 0; infinite if they
+            share one.
         k: Neighbours.
         batch_size: Images per pass.
         seed: Seed of views and corruptions.

@@ -11,6 +11,7 @@ from .normal import Normal
 from .power_spherical import PowerSpherical
 from .projected_normal import ProjectedNormal
 from .siamese import Siamese
+from .smoothed import Smoothed
 from .von_mises_fisher import VonMisesFisher
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "ProjectedNormal",
     "RecognitionGuide",
     "Siamese",
+    "Smoothed",
     "VonMisesFisher",
 ]

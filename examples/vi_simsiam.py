@@ -25,6 +25,7 @@ from torch import nn
 from pyro_contrastive import diagnostics, guides, models, nets
 from pyro_contrastive.data import SphereWorld, ViewLoader, corrupt, load_digits, shift_and_dropout
 from pyro_contrastive.fit import fit
+from pyro_contrastive.guides.siamese import Branch
 from pyro_contrastive.ops import bessel_ratio, inverse_bessel_ratio
 from pyro_contrastive.ops.random import derived_seed, seeded
 
@@ -109,7 +110,7 @@ def run(name: str, world: str, seed: int, *, steps: int, batch_size: int, lr: fl
     return {**settings, "status": result.status, "loss": result.history["loss"][-1], "cpu_seconds": seconds, **scores}
 
 
-def score_width(branch: guides.siamese.Branch, other: guides.siamese.Branch) -> dict[str, Any]:
+def score_width(branch: Branch, other: Branch) -> dict[str, Any]:
     """Collapse, and the width of the predictions against the other view's points."""
     spectrum = diagnostics.embedding_spectrum(branch.point)
     check = diagnostics.resultant_length_check(branch.prediction, other.point)

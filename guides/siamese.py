@@ -96,8 +96,9 @@ class Siamese(RecognitionGuide):
         stop_gradient: see above.
 
     Raises:
-        ValueError: for an unknown option, a concentration that is not positive and finite, or a projector or predictor
-            of another width; see :class:`~pyro_contrastive.guides.base.RecognitionGuide` for the rest.
+        ValueError: for an unknown option or a concentration that is not positive and finite; when called, for a
+            projector or predictor that returns another width than d; see
+            :class:`~pyro_contrastive.guides.base.RecognitionGuide` for the rest.
 
     References:
         Chen and He, SimSiam, CVPR 2021, arXiv 2011.10566; Nakamura, Okada and Taniguchi, ICCV 2023, arXiv 2203.11437.

@@ -39,8 +39,8 @@ class VSimCLR(SimCLR):
 
     The sum is a surrogate, not a bound on the log likelihood of the views: the factor is the log of a density ratio
     estimated by a batch. Beta sets how wide the posteriors are, the data only their order
-    (:func:`pyro_contrastive.diagnostics.calibrate_width` finds the width that held-out pairs support). At weight one a
-    learned concentration collapses: keep it fixed.
+    (:func:`pyro_contrastive.diagnostics.calibrate_width` finds the width that held-out pairs support). A concentration
+    that is learned beside the divergence collapses, long before weight one: learn it by :class:`SimCLR`, then fix it.
 
     ``kl`` chooses the divergence that :meth:`objective`, and Pyro's ``TraceMeanField_ELBO``, find registered for
     ``guides.ProjectedNormal``:

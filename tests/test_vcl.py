@@ -284,6 +284,17 @@ def test_fit_and_state(name):
     assert guide.posterior(views[0]).event_shape == (DIM,)
 
 
+def test_fit_takes_the_objective_of_the_model():
+    views = data("VSimCLR", 16)
+    losses = []
+    for elbo in (None, models.VSimCLR.objective):
+        torch.manual_seed(0)
+        model, guide = make("VSimCLR")
+        elbo = elbo and elbo(model)
+        losses.append(fit(model, guide, [views], epochs=2, elbo=elbo, device="cpu", progress=False).history["loss"])
+    assert losses[0] == losses[1]
+
+
 @each
 def test_partner_logits_find_the_partner(name):
     model, guide = make(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .augment import crop_flip_jitter, crop_ladder, shift_and_flip
 from .cifar10h import Cifar10H, Fold, SoftLabelPairs, five_folds, load_cifar10h, sample_partners
 from .digits import corrupt, load_digits, shift_and_dropout
+from .moving_object import MovingObject, Video
 from .nonuniform_world import AcceptanceWorld
 from .pair_world import PairWorld
 from .sphere_world import SphereBatch, SphereWorld
@@ -14,11 +15,13 @@ __all__ = [
     "AcceptanceWorld",
     "Cifar10H",
     "Fold",
+    "MovingObject",
     "PairWorld",
     "SoftLabelPairs",
     "SphereBatch",
     "SphereWorld",
     "TwoViews",
+    "Video",
     "ViewLoader",
     "corrupt",
     "crop_flip_jitter",

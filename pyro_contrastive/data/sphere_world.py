@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as pyro_dist
@@ -14,7 +14,8 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
-from pyro_contrastive.distributions import HypersphericalUniform, VonMisesFisher
+from pyro_contrastive.distributions import HypersphericalUniform, VonMisesFisher, log_uniform_density
+from pyro_contrastive.kernels import expected_pairs
 from pyro_contrastive.ops.random import derived_seed, seeded
 
 __all__ = ["SphereBatch", "SphereWorld"]
@@ -46,21 +47,25 @@ class SphereBatch(NamedTuple):
 
 
 class World(nn.Module):
-    """A module that draws pairs of views whose posteriors are known. Subclasses define :meth:`sample`."""
+    """A module that draws views of items whose latents are known. Subclasses define :meth:`sample`."""
 
-    def sample(self, num_pairs: int, seed: int | None = None) -> SphereBatch:
-        """Draw pairs; the same seed gives the same pairs."""
-        raise NotImplementedError(f"{type(self).__name__} must define sample(num_pairs, seed)")
+    def sample(self, num_items: int, seed: int | None = None) -> Any:
+        """Draw items; the same seed gives the same items."""
+        raise NotImplementedError(f"{type(self).__name__} must define sample(num_items, seed)")
+
+    def views(self, batch: Any) -> tuple[Tensor, ...]:
+        """The views of a batch, what a model may see of it: ``(x1, x2)``."""
+        return batch.x1, batch.x2
 
     def batches(self, batch_size: int = 256, seed: int = 0) -> WorldBatches:
-        """Give fresh pairs without end, for training.
+        """Give fresh items without end, for training.
 
         Args:
-            batch_size: Pairs per batch, ``>= 1``.
+            batch_size: Items per batch, ``>= 1``.
             seed: Base seed, ``>= 0``; every batch has its own, derived from it and the position.
 
         Returns:
-            An endless iterator of ``(x1, x2)``, which can be set to any position by ``seek``.
+            An endless iterator of the views, ``(x1, x2)``, which can be set to any position by ``seek``.
         """
         return WorldBatches(self, batch_size, seed)
 
@@ -300,12 +305,51 @@ class SphereWorld(World):
         return _from_natural(natural + self.prior_concentration * self._axis(natural))
 
 
+    def mutual_information(self, num_pairs: int = 10_000, seed: int = 0) -> tuple[float, float]:
+        """How much one view tells about the other: the mean of the exact log density ratio of pairs.
+
+        No contrastive likelihood exceeds it, and it is what a pair can teach an encoder.
+
+        Args:
+            num_pairs: Pairs to average over, ``>= 2``.
+            seed: Of these.
+
+        Returns:
+            The information and its standard error, in nats. Infinite for injective views of one shared latent.
+
+        Raises:
+            ValueError: If an argument is out of its range, or the latents are not uniform.
+
+        Example:
+            >>> information, error = SphereWorld(dim=3, concentration=100.0).mutual_information()
+            >>> round(information, 1)
+            2.4
+        """
+        if self.prior_concentration:
+            raise ValueError(
+                "the density ratio is known for uniform latents, got "
+                f"prior_concentration={self.prior_concentration!r}; use 0"
+            )
+        if num_pairs < 2:
+            raise ValueError(f"`num_pairs` must be >= 2, got {num_pairs!r}")
+        batch = self.sample(num_pairs, seed)
+        views: list[Any] = [self.posterior(batch, view) for view in (1, 2)]
+        if self.concentration == math.inf:
+            if self.pair_concentration == math.inf:
+                return math.inf, 0.0
+            step = VonMisesFisher(batch.z1, batch.z1.new_full(batch.z1.shape[:-1], self.pair_concentration))
+            ratio = step.log_prob(batch.z2) - log_uniform_density(self.dim)
+        else:
+            ratio = expected_pairs(*views, self.pair_concentration).diagonal()
+        return float(ratio.mean()), float(ratio.std() / math.sqrt(num_pairs))
+
+
 class WorldBatches:
-    """Endless iterator over fresh pairs of a world; see :meth:`World.batches`.
+    """Endless iterator over fresh items of a world; see :meth:`World.batches`.
 
     Args:
-        world: Where the pairs come from.
-        batch_size: Pairs per batch, ``>= 1``.
+        world: Where they come from.
+        batch_size: Items per batch, ``>= 1``.
         seed: Base seed, ``>= 0``.
 
     Raises:
@@ -335,13 +379,13 @@ class WorldBatches:
             raise ValueError(f"`epoch` must be 0 and `batch` >= 0, got {epoch!r} and {batch!r}")
         self._next = batch
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         return self
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
+    def __next__(self) -> tuple[Tensor, ...]:
         batch = self.world.sample(self.batch_size, seed=derived_seed(self.seed, self._next))
         self._next += 1
-        return batch.x1, batch.x2
+        return self.world.views(batch)
 
 
 def _around(name: str, centre: Tensor, concentration: float | Tensor) -> Tensor:

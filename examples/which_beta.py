@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,25 +238,28 @@ def tables(out: Path) -> str:
     def share(values: list[float]) -> str:
         return " / ".join(f"{100 * v:.0f}" for v in values)
 
+    def number(value: float) -> str:
+        return "-" if math.isnan(value) else f"{value:.3g}"
+
+    def interval(values: list[float]) -> str:
+        return "{1} ({0}, {2})".format(*map(number, values))
+
     def sphere_cells(found: list[dict[str, Any]]) -> list[str]:
         if "relative width" not in found[0]:
-            return [f"{median(found, 'kernel'):.1f}", "-", "-", "-", f"{median(found, 'cosines'):.3f}"] + ["-"] * 7
-        power = f"{median(found, 'factor and power: power'):.1f}"
-        limit = ["factor: at_limit", "factor and power: at_limit"]
-        factors = ["no maximum" if median(found, key) else f"{median(found, key.split(':')[0] + ': factor'):.2f}"
-                   for key in limit]  # fmt: skip
+            return ["-", "-", "-", f"{median(found, 'cosines'):.3f}", number(median(found, "kernel")), *["-"] * 7]
+        limit = median(found, "factor: at_limit")
         return [
-            f"{median(found, 'kernel'):.1f}", f"{median(found, 'relative width'):.3f}",
-            "{1:.0f} ({0:.0f}, {2:.0f})".format(*median(found, "fitted: kappa")), f"{median(found, 'spearman'):.2f}",
-            f"{median(found, 'cosines'):.3f}", share(median(found, "fitted: coverage")), factors[0],
-            share(median(found, "factor: coverage")), f"{factors[1]}, {power}",
-            share(median(found, "factor and power: coverage")),
+            number(median(found, "relative width")), interval(median(found, "fitted: kappa")),
+            f"{median(found, 'spearman'):.2f}", f"{median(found, 'cosines'):.3f}", number(median(found, "kernel")),
+            share(median(found, "fitted: coverage")), "none" if limit else f"{median(found, 'factor: factor'):.2f}",
+            interval(median(found, "factor: kappa")), share(median(found, "factor: coverage")),
             share(median(found, "factor: coverage 80, by quartile of true kappa")),
+            f"{median(found, 'factor and power: power'):.1f}",
             share(median(found, "factor and power: coverage 80, by quartile of true kappa")),
         ]  # fmt: skip
 
-    head = ["kernel", "relative width", "κ (5, 95 %)", "Spearman", "cosines", "caps as fitted", "factor", "caps",
-            "factor, power", "caps", "80 % by true κ, factor", "and power"]  # fmt: skip
+    head = ["relative width", "κ (5, 95 %)", "Spearman", "cosines", "kernel", "caps", "factor", "then κ", "caps",
+            "80 % caps by true κ", "power", "then by true κ"]  # fmt: skip
     rows = [(row, found) for row in SPHERE if (found := collect(out, row))]
     add(head, ((row, sphere_cells(found)) for row, found in rows))
 
@@ -263,21 +267,21 @@ def tables(out: Path) -> str:
         cells = [f"{median(found, 'knn clean'):.3f}", f"{median(found, 'knn damaged'):.3f}",
                  f"{median(found, 'effective rank'):.2f}"]  # fmt: skip
         if "kappa" not in found[0]:
-            return cells + ["-"] * 7
+            return cells + ["-"] * 8
+        factors = [one["factor: factor"] for one in found]
         return cells + [
-            f"{median(found, 'relative width'):.3f}", f"{median(found, 'kappa')[1]:.0f}",
+            number(median(found, "relative width")), interval(median(found, "kappa")),
             f"{median(found, 'spearman'):.3f}", " ".join(f"{v:.2f}" for v in median(found, "quartiles")),
-            f"{median(found, 'factor: factor'):.2f} ({min(f['factor: factor'] for f in found):.2f} to "
-            f"{max(f['factor: factor'] for f in found):.2f})",
-            f"{median(found, 'factor: kappa')[1]:.1f}",
-            "{1:.1f} ({0:.1f}, {2:.1f})".format(*median(found, "factor and power: kappa")),
+            f"{np.median(factors):.2f} ({min(factors):.2f}, {max(factors):.2f})",
+            interval(median(found, "factor: kappa")), interval(median(found, "factor and power: kappa")),
+            f"{median(found, 'factor and power: evidence'):.3f}",
         ]  # fmt: skip
 
-    head = ["kNN clean", "damaged", "eff. rank", "relative width", "κ", "Spearman", "accuracy by quartile", "factor",
-            "κ, factor", "κ (5, 95 %), and power"]  # fmt: skip
+    head = ["kNN clean", "damaged", "eff. rank", "relative width", "κ (5, 95 %)", "Spearman", "accuracy by quartile",
+            "factor (least, most)", "then κ", "with power", "evidence"]  # fmt: skip
     rows = [(row, found) for row in DIGITS if (found := collect(out, row))]
     add(head, ((row, digit_cells(found)) for row, found in rows))
-    return "\n".join(lines)
+    return re.sub(r"(?<![\d.])0\.", ".", "\n".join(lines))
 
 
 def plot(out: Path) -> None:

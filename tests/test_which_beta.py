@@ -31,6 +31,6 @@ def test_small_run_and_its_tables(example, tmp_path):
     assert example.run(tmp_path, [0], "cpu", True, ("sphere", "digits")) == figures
     assert [file.stat().st_mtime_ns for file in files] == stamps
     table = example.tables(tmp_path)
-    assert "| VSimCLR, beta 0.1, kernel 8 |" in table and "| VSupCon, beta 0.1 |" in table
+    assert "| VSimCLR, beta .1, kernel 8 |" in table and "| VSupCon, beta .1 |" in table
     for line in table.split("\n\n"):
         assert len({row.count("|") for row in line.strip().splitlines()}) == 1

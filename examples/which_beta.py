@@ -239,7 +239,7 @@ def tables(out: Path) -> str:
         return " / ".join(f"{100 * v:.0f}" for v in values)
 
     def number(value: float) -> str:
-        return "-" if math.isnan(value) else f"{value:.3g}"
+        return "-" if math.isnan(value) else f"{value:,.0f}" if value >= 1_000 else f"{value:.3g}"
 
     def interval(values: list[float]) -> str:
         return "{1} ({0}, {2})".format(*map(number, values))
@@ -295,7 +295,7 @@ def plot(out: Path) -> None:
         shares = [median(collect(out, row), f"{name}: coverage")[1] for row in rows]
         left.semilogx([row.beta for row in rows], shares, "o-", color=colour, label=name)
     left.axhline(0.8, color="grey", linestyle="--", linewidth=1)
-    left.set(xlabel="beta", ylabel="true latents inside 80 % caps", ylim=(0, 1), title="Known posteriors")
+    left.set(xlabel="beta", ylabel="true latents inside 80 % caps", ylim=(-0.03, 1.03), title="Known posteriors")
     left.legend(frameon=False)
     rows = [row for row in DIGITS if row.method == "VSimCLR" and row.kl == "scale_free" and collect(out, row)]
     for key, colour in (("kappa", "#d55e00"), ("factor: kappa", "#0072b2")):

@@ -304,6 +304,7 @@ class SphereWorld(World):
         natural = natural + batch.concentration2.unsqueeze(-1) * batch.mean_direction2
         return _from_natural(natural + self.prior_concentration * self._axis(natural))
 
+
     def mutual_information(self, num_pairs: int = 10_000, seed: int = 0) -> tuple[float, float]:
         """How much one view tells about the other: the mean of the exact log density ratio of pairs.
 

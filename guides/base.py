@@ -29,7 +29,7 @@ class _Pass:
     """
 
     def __init__(self) -> None:
-        self.entries: list[tuple[weakref.ref[Tensor], int, TorchDistribution]] = []
+        self.entries: list[tuple[weakref.ref[Tensor], int, Any]] = []
         self.stamp: Any = None
 
     def __deepcopy__(self, memo: dict) -> _Pass:
@@ -58,7 +58,7 @@ class _Pass:
     def begin(self, module: nn.Module) -> None:
         self.entries, self.stamp = [], self._stamp(module)
 
-    def store(self, x: Tensor, posterior: TorchDistribution, features: Tensor) -> None:
+    def store(self, x: Tensor, posterior: Any, features: Tensor) -> None:
         self.entries.append((weakref.ref(x), self._version(x), posterior))
         if features.requires_grad:
             here = weakref.ref(self)
@@ -70,7 +70,7 @@ class _Pass:
 
             features.register_hook(used)
 
-    def find(self, x: Tensor, module: nn.Module) -> TorchDistribution | None:
+    def find(self, x: Tensor, module: nn.Module) -> Any:
         if not self.entries:
             return None
         if self.stamp != self._stamp(module):
@@ -132,8 +132,8 @@ class RecognitionGuide(Module):
         self.batch_norm = nn.BatchNorm1d(features, affine=False) if batch_norm else None
         self._pass = _Pass()
 
-    def _posterior(self, features: Tensor) -> TorchDistribution:
-        """The recognition law for encoder features ``(N, features)``."""
+    def _posterior(self, features: Tensor) -> Any:
+        """The recognition law for encoder features ``(N, features)``; whatever it returns is kept for the pass."""
         raise NotImplementedError
 
     def _encode(self, x: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class RecognitionGuide(Module):
             raise ValueError(f"the encoder must return a tensor of shape (N, {self.features}), got {got}; {way_out}")
         return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
 
-    def _recognise(self, features: Tensor) -> TorchDistribution:
+    def _recognise(self, features: Tensor) -> Any:
         """The recognition law, its heads in full precision: only the encoder runs under ``torch.autocast``."""
         with torch.autocast(features.device.type, enabled=False):
             if self.batch_norm is not None:

@@ -9,5 +9,17 @@ from .mcinfonce import MCInfoNCE
 from .rpm import RPM
 from .simclr import SimCLR, SupCon
 from .vcl import VSimCLR, VSupCon
+from .vi_simsiam import SimSiam, VISimSiam
 
-__all__ = ["DiscreteRPM", "HedgedInstance", "MCInfoNCE", "RPM", "SimCLR", "SupCon", "VSimCLR", "VSupCon"]
+__all__ = [
+    "DiscreteRPM",
+    "HedgedInstance",
+    "MCInfoNCE",
+    "RPM",
+    "SimCLR",
+    "SimSiam",
+    "SupCon",
+    "VISimSiam",
+    "VSimCLR",
+    "VSupCon",
+]

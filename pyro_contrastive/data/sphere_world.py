@@ -304,7 +304,6 @@ class SphereWorld(World):
         natural = natural + batch.concentration2.unsqueeze(-1) * batch.mean_direction2
         return _from_natural(natural + self.prior_concentration * self._axis(natural))
 
-
     def mutual_information(self, num_pairs: int = 10_000, seed: int = 0) -> tuple[float, float]:
         """How much one view tells about the other: the mean of the exact log density ratio of pairs.
 
@@ -333,14 +332,15 @@ class SphereWorld(World):
         if num_pairs < 2:
             raise ValueError(f"`num_pairs` must be >= 2, got {num_pairs!r}")
         batch = self.sample(num_pairs, seed)
-        views: list[Any] = [self.posterior(batch, view) for view in (1, 2)]
+        first: Any = self.posterior(batch, 1)
+        second: Any = self.posterior(batch, 2)
         if self.concentration == math.inf:
             if self.pair_concentration == math.inf:
                 return math.inf, 0.0
             step = VonMisesFisher(batch.z1, batch.z1.new_full(batch.z1.shape[:-1], self.pair_concentration))
             ratio = step.log_prob(batch.z2) - log_uniform_density(self.dim)
         else:
-            ratio = expected_pairs(*views, self.pair_concentration).diagonal()
+            ratio = expected_pairs(first, second, self.pair_concentration).diagonal()
         return float(ratio.mean()), float(ratio.std() / math.sqrt(num_pairs))
 
 

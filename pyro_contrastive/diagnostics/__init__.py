@@ -45,6 +45,7 @@ from pyro_contrastive.diagnostics.checks_truth import (
     judge_tarp,
     judge_variational_sbc,
 )
+from pyro_contrastive.diagnostics.collapse import Spectrum, embedding_spectrum
 from pyro_contrastive.diagnostics.comparison import Comparison, compare
 from pyro_contrastive.diagnostics.evidence_gap import EvidenceGap, evidence_gap
 from pyro_contrastive.diagnostics.identifiability import Identifiability, identifiability, plot_identifiability
@@ -78,6 +79,12 @@ from pyro_contrastive.diagnostics.plots_calibration import (
 )
 from pyro_contrastive.diagnostics.plots_retrieval import plot_credible_caps, plot_credible_sets, plot_risk_coverage
 from pyro_contrastive.diagnostics.plots_sphere import plot_sphere_caps
+from pyro_contrastive.diagnostics.prediction import (
+    ResultantLengthCheck,
+    StationarityCheck,
+    resultant_length_check,
+    stationarity_check,
+)
 from pyro_contrastive.diagnostics.predictive import PartnerCheck, Reliability, partner_check
 from pyro_contrastive.diagnostics.quantities import (
     angle_to_mean,
@@ -153,12 +160,15 @@ __all__ = [
     "Picture",
     "RankingScores",
     "Reliability",
+    "ResultantLengthCheck",
     "RiskCoverage",
     "SBC",
     "Score",
     "Section",
     "SelectiveRisk",
     "Sharpness",
+    "Spectrum",
+    "StationarityCheck",
     "TARP",
     "Uniformity",
     "VSBC",
@@ -188,6 +198,7 @@ __all__ = [
     "credible_sets",
     "default_quantities",
     "direction_and_concentration",
+    "embedding_spectrum",
     "energy_score",
     "entropy_agreement",
     "evidence_gap",
@@ -259,6 +270,7 @@ __all__ = [
     "rank_agreement",
     "rank_pit",
     "ranking_scores",
+    "resultant_length_check",
     "risk_coverage",
     "sbc",
     "sbc_ranks",
@@ -268,6 +280,7 @@ __all__ = [
     "size_correlation",
     "sphere_html",
     "sphere_report",
+    "stationarity_check",
     "stream_arviz",
     "tarp",
     "to_arviz",

@@ -33,14 +33,13 @@ class VSimCLR(SimCLR):
     with the NT-Xent loss L of one draw of each latent. As a Pyro model: z1, z2 ~ ``HypersphericalUniform``, and the
     factor of :class:`SimCLR`, whose ELBO has both divergences at weight one. The weight belongs to the objective:
     :meth:`objective` is the ELBO with weight beta / 2d, **beta being a weight per dimension of the latent**, a
-    convention of ours (the paper's divisor and weight are not known to us):
-
-        fit(model, guide, data, elbo=model.objective())
+    convention of ours (the paper's divisor and weight are not known to us). ``fit`` takes the objective from the model;
+    with plain Pyro it is ``SVI(model, guide, optim, loss=model.objective())``.
 
     The sum is a surrogate, not a bound on the log likelihood of the views: the factor is the log of a density ratio
     estimated by a batch. Beta sets how wide the posteriors are, the data only their order
-    (:func:`pyro_contrastive.diagnostics.calibrate_width` finds the width that held-out pairs support). At weight one a
-    learned concentration collapses: keep it fixed.
+    (:func:`pyro_contrastive.diagnostics.calibrate_width` finds the width that held-out pairs support). A concentration
+    that is learned beside the divergence collapses, long before weight one: learn it by :class:`SimCLR`, then fix it.
 
     ``kl`` chooses the divergence that :meth:`objective`, and Pyro's ``TraceMeanField_ELBO``, find registered for
     ``guides.ProjectedNormal``:

@@ -134,15 +134,15 @@ def test_weighted_elbo_scales_what_has_no_registered_divergence():
 
 
 def test_trace_elbo_has_the_exact_divergence_at_weight_one():
-    """Whatever `kl` and beta say. 5 s.e. of 40 losses each."""
-    views = data("VSimCLR", size=100, dtype=F64)
+    """Whatever `kl` and beta say. 5 s.e. of 20 losses each."""
+    views = data("VSimCLR", size=50, dtype=F64)
     model, guide = make("VSimCLR", F64)
     exact = models.VSimCLR(guide, beta=0.0, kl="exact", concentration=KAPPA).double()
     guide.eval()
     with torch.no_grad():
-        sampled = torch.tensor([Trace_ELBO().loss(model, guide, *views) for _ in range(40)])
-        closed = torch.tensor([TraceMeanField_ELBO().loss(exact, guide, *views) for _ in range(40)])
-    error = ((sampled.var() + closed.var()) / 40).sqrt()
+        sampled = torch.tensor([Trace_ELBO().loss(model, guide, *views) for _ in range(20)])
+        closed = torch.tensor([TraceMeanField_ELBO().loss(exact, guide, *views) for _ in range(20)])
+    error = ((sampled.var() + closed.var()) / 20).sqrt()
     assert abs(sampled.mean() - closed.mean()) < 5 * error
 
 
@@ -206,8 +206,8 @@ def test_svi_trains_every_parameter_and_the_loss_falls(name):
     model, guide = make(name)
     views = data(name, 16)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 5e-3}), objective(model))
-    losses = [svi.step(*views) for _ in range(30)]
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), objective(model))
+    losses = [svi.step(*views) for _ in range(20)]
     assert sum(losses[-5:]) < sum(losses[:5]) - 0.1 * 16 * 5
     learned = {k for k, _ in model.named_parameters()}
     assert not [k for k in learned if torch.equal(model.state_dict()[k], before[k])]
@@ -284,6 +284,17 @@ def test_fit_and_state(name):
     assert guide.posterior(views[0]).event_shape == (DIM,)
 
 
+def test_fit_takes_the_objective_of_the_model():
+    views = data("VSimCLR", 16)
+    losses = []
+    for elbo in (None, models.VSimCLR.objective):
+        torch.manual_seed(0)
+        model, guide = make("VSimCLR")
+        elbo = elbo and elbo(model)
+        losses.append(fit(model, guide, [views], epochs=2, elbo=elbo, device="cpu", progress=False).history["loss"])
+    assert losses[0] == losses[1]
+
+
 @each
 def test_partner_logits_find_the_partner(name):
     model, guide = make(name)
@@ -293,86 +304,6 @@ def test_partner_logits_find_the_partner(name):
     assert logits.shape == (8, 8)
     if not name.startswith("V"):
         assert (logits.argmax(-1) == torch.arange(8)).all()
-
-
-# Divergences ---------------------------------------------------------------------------------------------------------
-
-GRID = [
-    (d, length, scale)
-    for d in (8, 32, 128)
-    for length, scale in (
-        (1.0, 1.0), (math.sqrt(d), 1.0), (3 * math.sqrt(d), 1.0), (1.0, 0.1), (1.0, 1 / math.sqrt(d)), (10.0, 0.1)
-    )
-]  # fmt: skip
-
-
-def law(d, length, scale, copies=250):
-    generator = torch.Generator().manual_seed(d)
-    direction = torch.nn.functional.normalize(torch.randn(d, generator=generator, dtype=F64), dim=0)
-    sigma = scale * torch.exp(0.15 * torch.randn(d, generator=generator, dtype=F64))
-    return dist.ProjectedNormal((length * direction).expand(copies, d), sigma.expand(copies, d))
-
-
-@pytest.mark.parametrize(("d", "length", "scale"), GRID)
-def test_registered_divergences_are_ordered(d, length, scale):
-    """exact - 3 s.e. <= scale-free <= Gaussian: were the first two equal, one seed in 40 would ring, in 18 cases."""
-    q = law(d, length, scale)
-    exact = kl_divergence(q, dist.HypersphericalUniform(d))
-    scale_free = kl_divergence(q, dist.ScaleFreeUniform(d))[0]
-    gaussian = kl_divergence(q, dist.AmbientUniform(d))[0]
-    assert exact.mean() - 3 * exact.std() / math.sqrt(len(exact)) <= scale_free <= gaussian
-    reference = torch.distributions.kl_divergence(
-        torch.distributions.MultivariateNormal(q.loc[0], torch.diag(q.scale_diag[0] ** 2)),
-        torch.distributions.MultivariateNormal(torch.zeros(d, dtype=F64), torch.eye(d, dtype=F64)),
-    )
-    torch.testing.assert_close(gaussian, reference)
-
-
-@pytest.mark.parametrize("factor", [0.1, 10.0])
-def test_only_the_gaussian_divergence_sees_the_scale(factor):
-    q = law(8, 2.0, 0.5, copies=1)
-    scaled = dist.ProjectedNormal(factor * q.loc, factor * q.scale_diag)
-    values = [[kl_divergence(p, prior(8)).item() for prior in (dist.ScaleFreeUniform, dist.AmbientUniform)]
-              for p in (q, scaled)]  # fmt: skip
-    assert values[0][0] == pytest.approx(values[1][0], rel=1e-12)
-    assert abs(values[0][1] - values[1][1]) > 1
-    # its minimum over the scale is the scale-free one
-    best = math.sqrt(8 / (q.loc.square().sum() + q.scale_diag.square().sum()).item())
-    optimum = dist.ProjectedNormal(best * q.loc, best * q.scale_diag)
-    assert kl_divergence(optimum, dist.AmbientUniform(8)).item() == pytest.approx(values[0][0], rel=1e-12)
-
-
-def test_divergence_of_the_uniform_law_is_zero():
-    q = dist.ProjectedNormal(torch.zeros(2, 5), torch.full((5,), 3.0))
-    assert kl_divergence(q, dist.ScaleFreeUniform(5)).abs().max() < 1e-6
-    assert kl_divergence(q, dist.AmbientUniform(5)).min() > 1
-
-
-@pytest.mark.parametrize("prior", [dist.ScaleFreeUniform, dist.AmbientUniform])
-def test_uniform_laws_are_the_uniform_law(prior):
-    uniform, expanded = prior(4), prior(4).expand((3, 2))
-    assert type(expanded) is prior and expanded.rsample().shape == (3, 2, 4)
-    z = uniform.sample((5,))
-    torch.testing.assert_close(uniform.log_prob(z), dist.HypersphericalUniform(4).log_prob(z))
-    vmf = dist.VonMisesFisher(z, torch.full((5,), 7.0))
-    torch.testing.assert_close(kl_divergence(vmf, uniform), kl_divergence(vmf, dist.HypersphericalUniform(4)))
-    q = dist.ProjectedNormal(torch.ones(6, 1, 4), torch.ones(4))
-    assert kl_divergence(q, prior(4).expand((6, 2))).shape == (6, 2)
-    with pytest.raises(ValueError, match="same sphere"):
-        kl_divergence(q, prior(5))
-
-
-def test_free_length_changes_no_law():
-    torch.manual_seed(0)
-    plain = guides.ProjectedNormal(mlp([6, 16]), DIM)
-    free = guides.ProjectedNormal(mlp([6, 16]), DIM, free_length=True)
-    free.load_state_dict(plain.state_dict(), strict=False)
-    x = torch.randn(30, 6)
-    p, q = plain.posterior(x), free.posterior(x)
-    z = p.sample()
-    torch.testing.assert_close(q.log_prob(z), p.log_prob(z), rtol=1e-4, atol=1e-4)
-    second_moment = (q.loc.square() + q.scale_diag.square()).sum(-1)
-    assert second_moment.mean().item() == pytest.approx(DIM, rel=0.1)  # where the Gaussian divergence is least
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class WidthCalibration:
         """Calibrated concentrations.
 
         Args:
-            concentration: Concentrations in von Mises-Fisher units, >= 0, any shape.
+            concentration: Concentrations in von Mises-Fisher units, > 0, any shape.
 
         Returns:
             Of the same shape, float64.
@@ -94,18 +94,20 @@ class WidthCalibration:
         Returns:
             A few sentences.
         """
+        premise = "both views show one latent"
+        if math.isfinite(self.pair_concentration):
+            premise = f"the latents of two views have concentration {self.pair_concentration:g} around each other"
         if self.at_limit:
             return (
-                f"No factor within 1/30 and 30 is best for {self.num_pairs} held-out pairs: the mean directions of "
-                f"partners are closer, or farther, than latents of concentration {self.pair_concentration:g} allow at "
-                "any width. The directions are distorted (learn the concentration of the training kernel), or the pair "
-                "concentration is wrong."
+                f"No factor within 1/30 and 30 is best for {self.num_pairs} held-out pairs: their mean directions are "
+                f"closer, or farther, than they can be at any width if {premise}. The directions are distorted (learn "
+                "the concentration of the training kernel), or the premise is wrong."
             )
         low, high = (self.factor * math.exp(sign * 2 * self.factor_error) for sign in (-1, 1))
         verdict = "right" if low <= 1 <= high else "too narrow" if self.factor > 1 else "too wide"
         text = (
             f"{self.num_pairs} held-out pairs want the widths times {self.factor:.2f} (95 %: {low:.2f} to {high:.2f}): "
-            f"they are {verdict} if latents of two views are {self.pair_concentration:g} apart"
+            f"they are {verdict} if {premise}"
         )
         if self.power_error:
             text += f"; and their differences between items to the power {self.power:.1f} +- {2 * self.power_error:.1f}"

@@ -16,9 +16,7 @@ from scipy import optimize, stats
 
 from pyro_contrastive.aggregates import law_like
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array, unit_vectors
-from pyro_contrastive.diagnostics.calibration import direction_and_concentration
 from pyro_contrastive.distributions import RotationallySymmetric
-from pyro_contrastive.ops import bessel_ratio
 
 __all__ = ["ResultantLengthCheck", "StationarityCheck", "resultant_length_check", "stationarity_check"]
 
@@ -61,8 +59,9 @@ def resultant_length_check(
 ) -> ResultantLengthCheck:
     r"""Compare the mean resultant length of laws on the sphere with the mean cosine of the points they predict.
 
-    The length, :math:`\kappa / (\kappa + d - 1)` for the power spherical law and :math:`A_d(\kappa)` for von
-    Mises-Fisher, is the unit in which concentrations of different families and dimensions can be compared.
+    The length :math:`\mu \cdot E[z]`, which is :math:`\kappa / (\kappa + d - 1)` for the power spherical law and
+    :math:`A_d(\kappa)` for von Mises-Fisher, is the unit in which concentrations of different families and dimensions
+    can be compared.
 
     Args:
         posterior: Laws with batch shape (N,) and event shape (d,), such as ``guide.posterior(x1)``.
@@ -84,10 +83,7 @@ def resultant_length_check(
         (array([0.75]), array([1.]))
     """
     mean, z = _checked(posterior, points, num_groups, level)
-    predicted = getattr(posterior, "mean_resultant_length", None)
-    if predicted is None:
-        predicted = bessel_ratio(mean.shape[1], torch.from_numpy(direction_and_concentration(posterior)[1]))
-    length = as_array(predicted).astype(np.float64)
+    length = (mean * as_array(posterior.mean)).sum(axis=-1)  # not |E z|, which is more for an anisotropic law
     cosine = (mean * z).sum(axis=-1)
     groups = np.array_split(np.argsort(-length, kind="stable"), num_groups)
     realised, half = _means(cosine, groups, level)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .distributions import VonMisesFisher
 from .modules import Module
 from .ops.bessel import bessel_ratio, matched_log_density
-from .ops.constraints import scale_parameter
+from .ops.constraints import scale_parameter, signed_scale_parameter
 from .ops.precision import matmul
 from .ops.series import expected_kernel_log_ratio, shared_latent_kernel_log_ratio
 from .ops.tiles import Pairs, Tensors
@@ -132,10 +132,12 @@ class AnisotropicKernel(PairKernel):
         precision: Lambda > 0, finite; one number for all dimensions or d of them.
         learn: make them positive parameters (``precision``) instead of a buffer, optimised as log(Lambda) / 4 so that
             they keep pace with the network.
+        signed: let them be negative. The kernel is then a ratio of two anisotropic laws, for negatives that are not
+            uniform: their precisions are differences (optimised as asinh(Lambda) / 4).
 
     Raises:
-        ValueError: if the precision is not positive and finite, or neither one number nor d numbers; when called, if
-            latents have another dimension.
+        ValueError: if a precision is not finite, or not positive in a kernel that is not `signed`, or if there is
+            neither one number nor d numbers; when called, if latents have another dimension.
 
     Shape:
         ``(..., N, d), (..., M, d) -> (..., N, M)``.
@@ -152,7 +154,14 @@ class AnisotropicKernel(PairKernel):
 
     precision: Tensor
 
-    def __init__(self, dim: int, precision: float | Sequence[float] | Tensor = 5.0, *, learn: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        precision: float | Sequence[float] | Tensor = 5.0,
+        *,
+        learn: bool = True,
+        signed: bool = False,
+    ) -> None:
         super().__init__()
         value = torch.as_tensor(precision, dtype=torch.get_default_dtype()).detach()
         if value.shape not in ((), (1,), (dim,)):
@@ -160,10 +169,12 @@ class AnisotropicKernel(PairKernel):
                 f"`precision` must be one number or one per dimension, {dim} of them, got shape {tuple(value.shape)}"
             )
         value = value.expand(dim).clone()
-        if not (value.gt(0) & value.isfinite()).all():
-            raise ValueError(f"`precision` must be positive and finite, got {precision!r}")
+        if not ((value.gt(0) | signed) & value.isfinite()).all():
+            rule = "finite" if signed else "positive and finite (signed=True allows negative ones)"
+            raise ValueError(f"`precision` must be {rule}, got {precision!r}")
         if learn:
-            setattr(self, "precision", PyroParam(value, constraint=scale_parameter))  # noqa: B010 (typing)
+            constraint = signed_scale_parameter if signed else scale_parameter
+            setattr(self, "precision", PyroParam(value, constraint=constraint))  # noqa: B010 (typing)
         else:
             self.register_buffer("precision", value)
 

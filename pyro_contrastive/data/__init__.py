@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .anisotropic_world import AnisotropicBatch, AnisotropicWorld, bimodal_precision, linear_precision
 from .augment import crop_flip_jitter, crop_ladder, shift_and_flip
 from .cifar10h import Cifar10H, Fold, SoftLabelPairs, five_folds, load_cifar10h, sample_partners
 from .digits import corrupt, load_digits, shift_and_dropout
@@ -12,6 +13,8 @@ from .views import TwoViews, ViewLoader
 
 __all__ = [
     "AcceptanceWorld",
+    "AnisotropicBatch",
+    "AnisotropicWorld",
     "Cifar10H",
     "Fold",
     "PairWorld",
@@ -20,10 +23,12 @@ __all__ = [
     "SphereWorld",
     "TwoViews",
     "ViewLoader",
+    "bimodal_precision",
     "corrupt",
     "crop_flip_jitter",
     "crop_ladder",
     "five_folds",
+    "linear_precision",
     "load_cifar10h",
     "load_digits",
     "sample_partners",

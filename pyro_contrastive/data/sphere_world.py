@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as pyro_dist
@@ -48,9 +48,13 @@ class SphereBatch(NamedTuple):
 class World(nn.Module):
     """A module that draws pairs of views whose posteriors are known. Subclasses define :meth:`sample`."""
 
-    def sample(self, num_pairs: int, seed: int | None = None) -> SphereBatch:
+    def sample(self, num_pairs: int, seed: int | None = None) -> Any:
         """Draw pairs; the same seed gives the same pairs."""
         raise NotImplementedError(f"{type(self).__name__} must define sample(num_pairs, seed)")
+
+    def views(self, batch: Any) -> tuple[Tensor, ...]:
+        """What a model sees of a batch from :meth:`sample`."""
+        return batch.x1, batch.x2
 
     def batches(self, batch_size: int = 256, seed: int = 0) -> WorldBatches:
         """Give fresh pairs without end, for training.
@@ -60,7 +64,7 @@ class World(nn.Module):
             seed: Base seed, ``>= 0``; every batch has its own, derived from it and the position.
 
         Returns:
-            An endless iterator of ``(x1, x2)``, which can be set to any position by ``seek``.
+            An endless iterator of the views, ``(x1, x2)``, which can be set to any position by ``seek``.
         """
         return WorldBatches(self, batch_size, seed)
 
@@ -335,13 +339,13 @@ class WorldBatches:
             raise ValueError(f"`epoch` must be 0 and `batch` >= 0, got {epoch!r} and {batch!r}")
         self._next = batch
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         return self
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
+    def __next__(self) -> tuple[Tensor, ...]:
         batch = self.world.sample(self.batch_size, seed=derived_seed(self.seed, self._next))
         self._next += 1
-        return batch.x1, batch.x2
+        return self.world.views(batch)
 
 
 def _around(name: str, centre: Tensor, concentration: float | Tensor) -> Tensor:

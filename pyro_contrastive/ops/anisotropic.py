@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["sample_anisotropic"]
 
 _PROPOSALS = 8  # per open row and round
-_ROUNDS = 5_000
+_ROUNDS = 1_000
 
 
 def sample_anisotropic(centre: Tensor, precision: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 if __name__ == "models":
     raise ImportError("import pyro_contrastive.models, not the bare folder models")
 
+from .aninfonce import AnInfoNCE
+from .aninfonce_ensemble import AnInfoNCEEnsemble
 from .discrete_rpm import DiscreteRPM
 from .hedged_instance import HedgedInstance
 from .mcinfonce import MCInfoNCE
 from .rpm import RPM
 
-__all__ = ["DiscreteRPM", "HedgedInstance", "MCInfoNCE", "RPM"]
+__all__ = ["AnInfoNCE", "AnInfoNCEEnsemble", "DiscreteRPM", "HedgedInstance", "MCInfoNCE", "RPM"]

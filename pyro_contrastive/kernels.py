@@ -170,8 +170,8 @@ class AnisotropicKernel(PairKernel):
             )
         value = value.expand(dim).clone()
         if not ((value.gt(0) | signed) & value.isfinite()).all():
-            rule = "finite" if signed else "positive and finite (signed=True allows negative ones)"
-            raise ValueError(f"`precision` must be {rule}, got {precision!r}")
+            rule, way_out = ("", "") if signed else ("positive and ", "; signed=True allows negative ones")
+            raise ValueError(f"`precision` must be {rule}finite, got {precision!r}{way_out}")
         if learn:
             constraint = signed_scale_parameter if signed else scale_parameter
             setattr(self, "precision", PyroParam(value, constraint=constraint))  # noqa: B010 (typing)

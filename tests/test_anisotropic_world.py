@@ -151,7 +151,7 @@ def test_ambiguous_views_have_the_stated_posterior():
     world = AnisotropicWorld(linear_precision(4), concentration=(8.0, 32.0))
     batch = world.sample(4_000, seed=0)
     assert batch.x.shape == (2, 4_000, 5)
-    assert 8.0 <= float(batch.concentration.min()) and float(batch.concentration.max()) <= 32.0
+    assert float(batch.concentration.min()) >= 8.0 and float(batch.concentration.max()) <= 32.0
     posterior = world.posterior(batch)
     wrong = VonMisesFisher(posterior.mean_direction, 1.2 * posterior.concentration)
     assert diagnostics.uniformity_pvalue(diagnostics.cap_pit(posterior, batch.z1)) > FALSE_ALARM

@@ -17,8 +17,8 @@ def sample_anisotropic(centre: Tensor, precision: Tensor) -> Tensor:
     r"""Draw from the anisotropic Gaussian conditioned to the unit sphere, a Fisher-Bingham law. Exact, by rejection.
 
     The law has the density :math:`f(u) \propto \exp(2 t - u^\top \Lambda u)`, :math:`t = u^\top \Lambda z`, with
-    respect to the surface. With :math:`c = z^\top \Lambda z`, the inequality :math:`2 t \le c + t^2 / c` bounds it by the
-    Bingham law of the matrix :math:`A = \Lambda - \Lambda z z^\top \Lambda / c`, whose mode is z (A z = 0), and this is
+    respect to the surface. With :math:`c = z^\top \Lambda z`, the inequality :math:`2 t \le c + t^2 / c` bounds it by
+    the Bingham law of the matrix :math:`A = \Lambda - \Lambda z z^\top \Lambda / c`, whose mode is z (A z = 0), and this is
     bounded by an angular central Gaussian one (Kent, Ganeiban and Mardia), of precision :math:`I + 2 A / b`: diagonal
     less rank one, so that a draw costs O(d). Both envelopes are symmetric, and u or -u is taken with its share of the
     density. A proposal is accepted with a probability that concentration does not lower: at d = 2 to 10 and precisions

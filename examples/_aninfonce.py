@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +59,7 @@ def oracle(about: str, options: Mapping[str, Any], precision: Any = None, **worl
     """A row in which only Lambda is learned."""
     precision = bimodal_precision(10) if precision is None else precision
     world["generator"] = "identity"
-    return Row(about, precision, world, options=options, start="oracle", steps=1_000, batch_size=384, lr=1e-2)
+    return Row(about, precision, world, options=options, start="oracle", steps=1_000, batch_size=384, lr=3e-3)
 
 
 BIMODAL, LINEAR = bimodal_precision(4), linear_precision(4)
@@ -68,10 +67,9 @@ RATIO_20, RATIO_10 = bimodal_precision(4, 30.0, 1.5), bimodal_precision(4, 25.0,
 STATED = {"learn_precision": False, "precision": LINEAR}
 AMBIGUOUS = {"concentration": (16.0, 64.0)}
 ROWS: dict[str, Row] = {
-    "oracle": oracle("anchors as candidates, one direction: the exact likelihood", {"symmetric": False}),
-    "oracle-symmetric": oracle("anchors as candidates, both directions (the default)", {}),
-    "oracle-partners": oracle("partners as candidates, both directions", {"candidates": "partners"}),
-    "oracle-both": oracle("2 N - 1 candidates, as the authors' code", {"candidates": "both"}),
+    "oracle": oracle("the default: anchors as candidates, both directions", {}),
+    "oracle-partners": oracle("partners as candidates", {"candidates": "partners"}),
+    "oracle-paper": oracle("2 N - 1 candidates, without C(z)", {"candidates": "both", "normalized": False}),
     "oracle-hard": oracle(
         "four hard negatives", {"hard_negatives": 4}, [12.5, 10.0, 7.5, 5.0],
         negative_precision=[2.5, 2.5, 1.0, 1.0], num_negatives=4,
@@ -100,8 +98,12 @@ ROWS: dict[str, Row] = {
     "family-1": Row("10, 10, 3, 3", BLOCKS[0]),
     "family-2": Row("10, 3, 10, 3", BLOCKS[1]),
     "ensemble": Row("both families, one encoder", BLOCKS, method="ensemble"),
+    "ambiguous": Row(
+        "kappa 16 to 64, Lambda stated, moment-matched", LINEAR, AMBIGUOUS,
+        options={**STATED, "evidence": "moment_matched"}, steps=1_000,
+    ),
     "ambiguous-k16": Row(
-        "kappa 16 to 64, Lambda stated, K = 16", LINEAR, AMBIGUOUS, options={**STATED, "evidence": "k_sample"}, steps=1_500
+        "the same, K = 16 samples", LINEAR, AMBIGUOUS, options={**STATED, "evidence": "k_sample"}, steps=1_000
     ),
     "d10-bimodal": Row("d = 10", bimodal_precision(10), width=256, steps=20_000, batch_size=1_024, lr=1e-3),
     "d10-linear": Row("d = 10", linear_precision(10), width=256, steps=20_000, batch_size=1_024, lr=1e-3),
@@ -158,7 +160,12 @@ def score(model: Any, guide: Any, world: AnisotropicWorld, row: Row, seed: int) 
     half = range(world.dim // 2), range(world.dim // 2, world.dim)
     linear = diagnostics.linear_r2(found, test.z1, groups={"first": half[0], "second": half[1]})
     axes = diagnostics.mcc(found, test.z1)
-    scores = {"r2": linear.r2, "r2_first": linear.groups["first"], "r2_second": linear.groups["second"], "mcc": axes.mcc}
+    scores = {
+        "r2": linear.r2,
+        "r2_first": linear.groups["first"],
+        "r2_second": linear.groups["second"],
+        "mcc": axes.mcc,
+    }
     learned = (model.concentration / 2).expand(1, world.dim) if row.method == "infonce" else model.precision
     learned = learned.reshape(-1, world.dim)
     truth = world.precision - (0.0 if world.negative_precision is None else world.negative_precision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pyro
@@ -42,6 +43,7 @@ class AnInfoNCEEnsemble(Module):
             partner per family. ``((1, 2), (3, 4), ...)`` takes pairs that have nothing in common.
         candidates: see :class:`AnInfoNCE`.
         symmetric: average both directions.
+        normalized: see :class:`AnInfoNCE`.
 
     Raises:
         TypeError: for a guide without ``posterior(x)`` or without ``dim``.
@@ -72,6 +74,7 @@ class AnInfoNCEEnsemble(Module):
         pairs: Sequence[tuple[int, int]] | None = None,
         candidates: Candidates = "anchors",
         symmetric: bool = True,
+        normalized: bool = True,
     ) -> None:
         super().__init__()
         check_options(guide, candidates)
@@ -96,7 +99,9 @@ class AnInfoNCEEnsemble(Module):
         self.symmetric = symmetric
         for k in range(families):  # one attribute each: Pyro does not see into a ModuleList
             row = start[k] if start.dim() == 2 else start
-            setattr(self, f"kernel{k + 1}", AnisotropicKernel(guide.dim, row, learn=learn_precision))
+            setattr(
+                self, f"kernel{k + 1}", AnisotropicKernel(guide.dim, row, learn=learn_precision, normalized=normalized)
+            )
 
     @property
     def precision(self) -> Tensor:
@@ -121,7 +126,6 @@ class AnInfoNCEEnsemble(Module):
         with pyro.plate("pairs", len(views[0]), dim=-1):
             z = [pyro.sample(f"z{j}", posterior) for j, posterior in enumerate(posteriors, start=1)]
             for k, ((i, j), weight) in enumerate(zip(self.pairs, self.weights, strict=True)):
-                value = pair_log_ratio(
-                    self._kernel(k), z[i - 1], z[j - 1], candidates=self.candidates, symmetric=self.symmetric
-                )
+                log_f = partial(self._kernel(k), lazy=True)
+                value = pair_log_ratio(log_f, z[i - 1], z[j - 1], candidates=self.candidates, symmetric=self.symmetric)
                 emit(f"family{k + 1}", weight * value)

@@ -1,4 +1,4 @@
-r"""Exact draws from the anisotropic law on the sphere, :math:`p(u|z) \propto e^{-(u - z)^\top \Lambda (u - z)}`."""
+r"""The anisotropic law on the sphere, :math:`p(u|z) \propto e^{-(u - z)^\top \Lambda (u - z)}`: draws and normaliser."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["sample_anisotropic"]
+__all__ = ["log_normalizer", "matched_precision", "sample_anisotropic"]
 
 _PROPOSALS = 8  # per open row and round
 _ROUNDS = 1_000
+_NEWTON = 8
 
 
 def sample_anisotropic(centre: Tensor, precision: Tensor) -> Tensor:
@@ -99,3 +100,83 @@ def _propose(z: Tensor, precision: Tensor, b: float) -> tuple[Tensor, Tensor]:
     accepted = -torch.empty_like(t).exponential_() < bingham + linear
     flip = torch.rand_like(t) >= torch.sigmoid(4 * t)
     return torch.where(flip.unsqueeze(-1), -u, u), accepted
+
+
+def log_normalizer(centre: Tensor, precision: Tensor) -> Tensor:
+    r"""Log of the mean of :math:`e^{-(u - z)^\top \Lambda (u - z)}` over the sphere, by a saddle point.
+
+    The mean is, up to factors in closed form, the density at 1 of :math:`|c|^2` for a Gaussian c with mean z and
+    precision 2 Lambda: a sum of noncentral chi-squared variables, whose cumulants are sums over the axes (Kume and
+    Wood, second order). Errors are below .005 nats for equal precisions at any dimension and concentration, and grow
+    with their ratio: .015 at 5, .04 at 60 (both at d = 2, the worst).
+
+    Args:
+        centre: z, unit vectors, ``(..., d)``.
+        precision: diagonal of Lambda, >= 0, ``(..., d)``; the two broadcast.
+
+    Returns:
+        ``(...)``; differentiable.
+
+    References:
+        Kume and Wood, "Saddlepoint approximations for the Bingham and Fisher-Bingham normalising constants",
+        Biometrika 2005.
+
+    Example:
+        >>> z = torch.tensor([0.6, 0.8, 0.0])
+        >>> round(float(log_normalizer(z, torch.full((3,), 2.5))), 2)  # vMF: log(sinh(5) / 5) - 5 = -2.30
+        -2.3
+    """
+    weight = (precision * centre).square()
+
+    def cumulants(t: Tensor) -> tuple[Tensor, ...]:
+        s = 1 / (precision - t)
+        first = (0.5 * s + weight * s.square()).sum(-1, keepdim=True)
+        second = (0.5 * s.square() + 2 * weight * s**3).sum(-1, keepdim=True)
+        return s, first, second
+
+    with torch.no_grad():  # from the right, on the nearly linear (K')^(-1/2) = 1
+        t = precision.min(-1, keepdim=True).values - 0.5
+        for _ in range(_NEWTON):
+            _, first, second = cumulants(t)
+            t = t + 2 * (first - first**1.5) / second
+    _, first, second = cumulants(t)
+    t = t - (first - 1) / second  # one plain step more, for the derivative of the root
+    s, _, second = cumulants(t)
+    third = (s**3 + 6 * weight * s**4).sum(-1, keepdim=True)
+    fourth = (3 * s**4 + 24 * weight * s**5).sum(-1, keepdim=True)
+    exponent = (precision * centre.square() * s).sum(-1, keepdim=True) * t - t
+    correction = fourth / (8 * second.square()) - 5 * third.square() / (24 * second**3)
+    value = 0.5 * s.log().sum(-1, keepdim=True) + exponent - 0.5 * torch.log(2 * math.pi * second) + correction
+    return value.squeeze(-1) + math.lgamma(0.5 * precision.shape[-1])
+
+
+def matched_precision(precision: Tensor, *concentrations: Tensor) -> Tensor:
+    r"""Precisions of an anisotropic step that is preceded or followed by von Mises-Fisher ones, axis by axis.
+
+    A step with concentration k keeps the share A_d(k) of a vector (its mean resultant length), an axis of precision
+    lambda about A_d(2 lambda), and shares multiply. A_d is replaced by Amos' bound
+    :math:`k / (a + \sqrt{k^2 + (a + 1)^2})`, a = (d - 1) / 2, which is right at both ends and has an inverse in closed
+    form. For large concentrations 1 / (2 lambda) and 1 / k add up.
+
+    Args:
+        precision: Lambda, > 0, ``(..., d)``.
+        concentrations: k > 0, infinity allowed, ``(...)``.
+
+    Returns:
+        ``(..., d)``, of all steps together.
+
+    References:
+        Amos, "Computation of modified Bessel functions and their ratios", Math. Comp. 1974.
+
+    Example:
+        >>> matched_precision(torch.tensor([50.0, 50.0]), torch.tensor(100.0))  # about 1 / (1 / 50 + 2 / 100)
+        tensor([25.4647, 25.4647])
+    """
+    a = 0.5 * (precision.shape[-1] - 1)
+    steps = (2 * precision, *(k.unsqueeze(-1) for k in concentrations))
+    kept = torch.ones_like(precision[..., :1])
+    for k in steps:
+        kept = kept / (a / k + torch.sqrt(1 + ((a + 1) / k).square()))
+    square = kept.square()
+    inverse = kept * (a + torch.sqrt(square * a**2 + (1 - square) * (a + 1) ** 2)) / (1 - square)
+    return 0.5 * inverse

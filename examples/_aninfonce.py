@@ -188,6 +188,7 @@ def _widths(posterior: Any, test: AnisotropicBatch) -> dict[str, float]:
         posterior.mean_direction, posterior.concentration, test.z1, true_mean_direction=test.mean_direction[0],
         true_concentration=test.concentration[0],
     )  # fmt: skip
-    caps = {f"coverage_{round(100 * p)}": float(share) for p, share in zip(found.coverage.levels, found.coverage.empirical, strict=True)}  # fmt: skip
+    levels = zip(found.coverage.levels, found.coverage.empirical, strict=True)
+    caps = {f"coverage_{round(100 * level)}": float(share) for level, share in levels}
     error = ((posterior.concentration - test.concentration[0]).abs() / test.concentration[0]).mean()
     return caps | {"kappa_spearman": found.spearman_concentration, "kappa_error": float(error)}

@@ -182,9 +182,9 @@ class AnInfoNCE(Module):
             posteriors: of both, when they are already known.
 
         Returns:
-            ``(N, M)`` log density ratios in nats. Sampled evidences average the kernel over ``num_samples`` draws unless
-            embeddings are points. Without ``normalized``, and with hard negatives, they hold up to a constant of each
-            row.
+            ``(N, M)`` log density ratios in nats. Sampled evidences average the kernel over ``num_samples`` draws,
+            unless embeddings are points. Without ``normalized``, and with hard negatives, they hold up to a constant
+            of each row.
         """
         posterior1, posterior2 = posteriors or (self.guide.posterior(x1), self.guide.posterior(x2))
         if self.evidence == "moment_matched":
@@ -245,8 +245,8 @@ def pair_log_ratio(
     if across.column is not None:  # candidates for z, given z': log_f need not be symmetric
         back = across.column
         if candidates == "both":
-            others = contrast(log_f(second, second), shift=-math.inf, symmetric=True).column
-            assert others is not None
-            back = torch.logaddexp(back, others)
+            within = contrast(log_f(second, second), shift=-math.inf, symmetric=True).column
+            assert within is not None
+            back = torch.logaddexp(back, within)
         total = 0.5 * (total + back)
     return across.positive - total + math.log(2 * size - 1 if candidates == "both" else size)

@@ -86,7 +86,7 @@ class AnInfoNCEEnsemble(Module):
         weights = [1.0] * families if weights is None else list(weights)
         if len(weights) != families or not all(0 < weight < math.inf for weight in weights):
             raise ValueError(f"`weights` must be {families} positive numbers, one per family, got {weights!r}")
-        pairs = [(1, k + 2) for k in range(families)] if pairs is None else [tuple(pair) for pair in pairs]
+        pairs = [(1, k + 2) for k in range(families)] if pairs is None else list(pairs)
         if len(pairs) != families or not all(len(pair) == 2 and 0 < min(pair) < max(pair) for pair in pairs):
             raise ValueError(
                 f"`pairs` must be {families} pairs (i, j) of different views, counted from 1, i < j, got {pairs!r}"

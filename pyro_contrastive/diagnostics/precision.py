@@ -121,8 +121,8 @@ def judge_precision(precision: ArrayLike | torch.Tensor) -> Check:
         "warn",
         found,
         "Along these axes partners are no closer than what they are contrasted with, so nothing holds them in place.",
-        "With hard negatives: choose ones whose precision is below the partners' (`signed=True` shows by how much it is "
-        "above). Otherwise a smaller `dim`, or partners that keep more.",
+        "With hard negatives: choose ones whose precision is below the partners' (`signed=True` shows by how much it "
+        "is above). Otherwise a smaller `dim`, or partners that keep more.",
     )
 
 

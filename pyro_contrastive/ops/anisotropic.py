@@ -1,4 +1,4 @@
-r"""The anisotropic law on the sphere, :math:`p(u|z) \propto e^{-(u - z)^\top \Lambda (u - z)}`: draws and normaliser."""
+r"""The anisotropic law on the sphere, :math:`p(u|z) \propto e^{-(u - z)^\top \Lambda (u - z)}`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def sample_anisotropic(centre: Tensor, precision: Tensor) -> Tensor:
 
     The law has the density :math:`f(u) \propto \exp(2 t - u^\top \Lambda u)`, :math:`t = u^\top \Lambda z`, with
     respect to the surface. With :math:`c = z^\top \Lambda z`, the inequality :math:`2 t \le c + t^2 / c` bounds it by
-    the Bingham law of the matrix :math:`A = \Lambda - \Lambda z z^\top \Lambda / c`, whose mode is z (A z = 0), and this is
-    bounded by an angular central Gaussian one (Kent, Ganeiban and Mardia), of precision :math:`I + 2 A / b`: diagonal
-    less rank one, so that a draw costs O(d). Both envelopes are symmetric, and u or -u is taken with its share of the
-    density. A proposal is accepted with a probability that concentration does not lower: at d = 2 to 10 and precisions
-    of 1 to 50 it is about .2 to .8, and at least of the order :math:`\sqrt{\lambda_{min} / (\lambda_{max} d)}`.
+    the Bingham law of the matrix :math:`A = \Lambda - \Lambda z z^\top \Lambda / c`, whose mode is z (A z = 0), and
+    this is bounded by an angular central Gaussian one (Kent, Ganeiban and Mardia), of precision :math:`I + 2 A / b`:
+    diagonal less rank one, so that a draw costs O(d). Both envelopes are symmetric, and u or -u is taken with its
+    share of the density. Concentration does not lower the share of accepted proposals: it is .17 to .45 at d = 2 to 10
+    and precisions of 1.5 to 50, and .03 at d = 64, or at d = 10 with precisions a factor of 1,000 apart.
 
     Args:
         centre: z, unit vectors, ``(..., d)``.

@@ -55,11 +55,11 @@ class Row:
         return "concentration" in self.world
 
 
-def oracle(about: str, options: Mapping[str, Any], precision: Any = None, **world: Any) -> Row:
+def oracle(about: str, options: Mapping[str, Any], precision: Any = None, *, lr: float = 3e-3, **world: Any) -> Row:
     """A row in which only Lambda is learned."""
     precision = bimodal_precision(10) if precision is None else precision
     world["generator"] = "identity"
-    return Row(about, precision, world, options=options, start="oracle", steps=1_000, batch_size=384, lr=3e-3)
+    return Row(about, precision, world, options=options, start="oracle", steps=1_000, batch_size=384, lr=lr)
 
 
 BIMODAL, LINEAR = bimodal_precision(4), linear_precision(4)
@@ -72,15 +72,15 @@ ROWS: dict[str, Row] = {
     "oracle-paper": oracle("2 N - 1 candidates, without C(z)", {"candidates": "both", "normalized": False}),
     "oracle-hard": oracle(
         "four hard negatives", {"hard_negatives": 4}, [12.5, 10.0, 7.5, 5.0],
-        negative_precision=[2.5, 2.5, 1.0, 1.0], num_negatives=4,
+        negative_precision=[2.5, 2.5, 1.0, 1.0], num_negatives=4, lr=1e-2,
     ),
     "oracle-hard-signed": oracle(
         "the last two closer than the partners, signed=True", {"hard_negatives": 4, "signed": True},
-        [12.5, 10.0, 7.5, 5.0], negative_precision=[2.5, 2.5, 10.0, 7.5], num_negatives=4,
+        [12.5, 10.0, 7.5, 5.0], negative_precision=[2.5, 2.5, 10.0, 7.5], num_negatives=4, lr=1e-2,
     ),
     "oracle-hard-pinned": oracle(
         "the same, precisions kept positive", {"hard_negatives": 4},
-        [12.5, 10.0, 7.5, 5.0], negative_precision=[2.5, 2.5, 10.0, 7.5], num_negatives=4,
+        [12.5, 10.0, 7.5, 5.0], negative_precision=[2.5, 2.5, 10.0, 7.5], num_negatives=4, lr=1e-2,
     ),
     "bimodal": Row("12.5, 12.5, 2.5, 2.5", BIMODAL),
     "bimodal-infonce": Row("the same, InfoNCE with a learned temperature", BIMODAL, method="infonce"),

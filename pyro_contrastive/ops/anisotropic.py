@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["log_normalizer", "matched_precision", "sample_anisotropic"]
 
-_PROPOSALS = 8  # per open row and round
+_PROPOSALS = 16  # per open row and round
 _ROUNDS = 1_000
 _NEWTON = 8
 

@@ -142,7 +142,7 @@ class AnisotropicKernel(PairKernel):
         precision: Lambda > 0, finite; one number for all dimensions or d of them.
         learn: make them positive parameters (``precision``) instead of a buffer, optimised as log(Lambda) / 4 so that
             they keep pace with the network.
-        normalized: subtract the log of the mean of f(z, .) over the sphere, up to .02 nats or so
+        normalized: subtract the log of the mean of f(z, .) over the sphere, by a saddle point
             (:func:`~pyro_contrastive.ops.anisotropic.log_normalizer`): log f is then the log density of z' given z
             relative to the uniform law. It cancels where partners of one z are compared, and not where candidates
             for z are.

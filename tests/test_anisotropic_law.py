@@ -65,6 +65,8 @@ def test_matched_precisions_multiply_mean_resultant_lengths(dim):
         torch.testing.assert_close(matched_precision(precision, k1, k2), want, rtol=0.08, atol=0)
     tight = torch.full((dim,), 1e4, dtype=torch.float64)
     torch.testing.assert_close(matched_precision(tight, tight[0]), tight / 3, rtol=2e-2 * dim, atol=0)
+    single = torch.full((dim,), 3e6)
+    torch.testing.assert_close(matched_precision(single, 2 * single[0]), single / 2, rtol=1e-4, atol=0)
     infinite = torch.tensor(math.inf, dtype=torch.float64)
     torch.testing.assert_close(matched_precision(precision, infinite), precision)
 

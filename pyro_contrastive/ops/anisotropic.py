@@ -174,9 +174,9 @@ def matched_precision(precision: Tensor, *concentrations: Tensor) -> Tensor:
     """
     a = 0.5 * (precision.shape[-1] - 1)
     steps = (2 * precision, *(k.unsqueeze(-1) for k in concentrations))
-    kept = torch.ones_like(precision[..., :1])
+    log_kept = torch.zeros_like(precision)
     for k in steps:
-        kept = kept / (a / k + torch.sqrt(1 + ((a + 1) / k).square()))
-    square = kept.square()
-    inverse = kept * (a + torch.sqrt(square * a**2 + (1 - square) * (a + 1) ** 2)) / (1 - square)
-    return 0.5 * inverse
+        square = ((a + 1) / k).square()
+        log_kept = log_kept - torch.log1p(a / k + square / (1 + torch.sqrt(1 + square)))
+    lost = -torch.expm1(2 * log_kept)  # without cancellation where concentrations are large
+    return 0.5 * log_kept.exp() * (a + torch.sqrt(a**2 + lost * (2 * a + 1))) / lost

@@ -157,8 +157,10 @@ def test_samples_are_averaged_inside_the_log():
     torch.testing.assert_close(got, each.exp().mean(0).log())
 
 
-@pytest.mark.parametrize("family", [guides.VonMisesFisher, guides.PowerSpherical, guides.ProjectedNormal])
-@pytest.mark.parametrize("evidence", ["elbo", "k_sample"])
+@pytest.mark.parametrize(
+    ("family", "evidence"),
+    [(guides.VonMisesFisher, "elbo"), (guides.PowerSpherical, "k_sample"), (guides.ProjectedNormal, "elbo")],
+)
 def test_every_guide_trains_under_plain_svi(family, evidence):
     model, guide = pair(family, torch.float32, evidence=evidence, num_samples=2)
     before = model.precision.detach().clone()
@@ -207,7 +209,7 @@ def test_partner_logits_of_points_are_log_densities_relative_to_the_uniform_law(
 # --- what is recovered ------------------------------------------------------------------------------------------------
 
 
-def oracle(world, steps=100, lr=2e-2, **options):
+def oracle(world, steps, lr, **options):
     """Learn Lambda alone, from the true latents."""
     guide = guides.Delta(nn.Identity(), world.dim, features=world.dim, batch_norm=False)
     guide.requires_grad_(False)
@@ -220,17 +222,19 @@ def oracle(world, steps=100, lr=2e-2, **options):
 
 def test_an_oracle_encoder_finds_the_precisions_on_their_absolute_scale():
     world = AnisotropicWorld([10.0, 10.0, 10.0, 2.0, 2.0, 2.0], generator="identity")
-    found = oracle(world)
-    # over 20 seeds the mean of an axis group is off by 2 % (one s.d.) after so few steps: false alarm < 1e-4
-    assert found[:3].mean() == pytest.approx(10.0, rel=0.08) and found[3:].mean() == pytest.approx(2.0, rel=0.08)
+    found = oracle(world, 60, 0.03)
+    # after so few steps the mean of a group is 2 and 3 % off, and its s.d. over seeds is 1.2 %: false alarm < 1e-6
+    assert found[:3].mean() == pytest.approx(10.0, rel=0.1) and found[3:].mean() == pytest.approx(2.0, rel=0.1)
 
 
 def test_hard_negatives_leave_the_difference_and_a_negative_one_is_seen():
-    world = AnisotropicWorld([8.0, 6.0, 2.0], negative_precision=[2.0, 2.0, 6.0], num_negatives=4, generator="identity")
-    signed = oracle(world, 150, hard_negatives=4, signed=True, precision=1.0)
-    torch.testing.assert_close(signed, torch.tensor([6.0, 4.0, -4.0]), rtol=0.2, atol=0)  # s.d. of an axis: 4 %
-    pinned = oracle(world, 100, hard_negatives=4, precision=0.4)
-    assert 0 < pinned[2] < 0.07 and pinned[:2].min() > 2
+    world = AnisotropicWorld([8.0, 6.0, 2.0], negative_precision=[2.0, 2.0, 6.0], num_negatives=2, generator="identity")
+    signed = oracle(world, 80, 0.05, hard_negatives=2, signed=True, precision=1.0)
+    torch.testing.assert_close(
+        signed, torch.tensor([6.0, 4.0, -4.0]), rtol=0.25, atol=0
+    )  # s.d. over seeds: 3, 6, 2 %: < 1e-3
+    pinned = oracle(world, 40, 0.05, hard_negatives=2, precision=0.4)
+    assert 0 < pinned[2] < 0.07 and pinned[:2].min() > 1
     assert diagnostics.judge_precision(pinned).value.startswith("axis 2: ")
     assert diagnostics.judge_precision(signed).status == "warn"
 
@@ -248,7 +252,7 @@ def test_a_small_encoder_finds_content_and_style():
     torch.manual_seed(0)
     guide = guides.Delta(mlp([4, 64, 64]), 4)
     model = models.AnInfoNCE(guide, candidates="partners", normalized=False)
-    fit(model, guide, world.batches(128, 0), steps=200, lr=5e-3, device="cpu", progress=False)
+    fit(model, guide, world.batches(128, 0), steps=150, lr=5e-3, device="cpu", progress=False)
     test = world.sample(2_000, seed=1)
     with torch.no_grad():
         found = diagnostics.linear_r2(guide.posterior(test.x1).mean, test.z1, groups={"style": [2, 3]})

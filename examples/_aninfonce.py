@@ -100,10 +100,11 @@ ROWS: dict[str, Row] = {
     "ensemble": Row("both families, one encoder", BLOCKS, method="ensemble"),
     "ambiguous": Row(
         "kappa 16 to 64, Lambda stated, moment-matched", LINEAR, AMBIGUOUS,
-        options={**STATED, "evidence": "moment_matched"}, steps=1_000,
+        options={**STATED, "evidence": "moment_matched"}, steps=1_000, batch_size=128,
     ),
     "ambiguous-k16": Row(
-        "the same, K = 16 samples", LINEAR, AMBIGUOUS, options={**STATED, "evidence": "k_sample"}, steps=1_000
+        "the same, K = 16 samples", LINEAR, AMBIGUOUS,
+        options={**STATED, "evidence": "k_sample"}, steps=1_000, batch_size=128,
     ),
     "d10-bimodal": Row("d = 10", bimodal_precision(10), width=256, steps=20_000, batch_size=1_024, lr=1e-3),
     "d10-linear": Row("d = 10", linear_precision(10), width=256, steps=20_000, batch_size=1_024, lr=1e-3),

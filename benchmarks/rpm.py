@@ -56,9 +56,9 @@ def exact(concentration):
     return build
 
 
-def fused():
+def fused(aggregate=None):
     g = guides.Fused(guide())
-    return models.RPM(g, priors.SharedUniform(DIM)), g
+    return models.RPM(g, priors.SharedUniform(DIM), aggregate=aggregate), g
 
 
 def elbo(num_samples=1):
@@ -76,6 +76,7 @@ FITS = {
     },
     "one shared latent": {
         "RPM, fused guide, ELBO": (fused, elbo()),
+        "RPM, fused guide, ELBO, bank of 8,192": (lambda: fused(MemoryBank(8_192)), elbo()),
         "MCInfoNCE, infinite kappa, exact": (exact(math.inf), elbo()),
     },
 }

@@ -28,7 +28,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "moment-matched": {"evidence": "moment_matched"},
     **{f"{k} samples": {"evidence": "k_sample", "num_samples": k} for k in (16, 64, 512)},
 }
-SETTINGS = ("dim", "concentration", "pair_concentration", "batch_size", "seed", "batch_norm")
+SETTINGS = ("dim", "concentration", "pair_concentration", "width", "batch_size", "seed", "batch_norm")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,6 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-norm", action=argparse.BooleanOptionalAction, default=True, help="of the guide; default: yes"
     )
+    parser.add_argument("--width", type=int, default=128, metavar="N", help="of both layers; default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/race"), metavar="DIR", help="default: %(default)s")
@@ -96,7 +97,7 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     world = SphereWorld(args.dim, tuple(args.concentration), args.pair_concentration)
     test = world.sample(2_500, seed=1)
     with seeded(args.seed):
-        guide = guides.VonMisesFisher(nets.mlp([world.observed_dim, 128, 128]), args.dim, batch_norm=args.batch_norm)
+        guide = guides.VonMisesFisher(nets.mlp([world.observed_dim, args.width, args.width]), args.dim, batch_norm=args.batch_norm)
     curve: list[dict[str, float]] = []
 
     def note(step: int, seconds: float) -> None:

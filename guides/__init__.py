@@ -10,6 +10,7 @@ from .fused import Fused
 from .normal import Normal
 from .power_spherical import PowerSpherical
 from .projected_normal import ProjectedNormal
+from .smoothed import Smoothed
 from .von_mises_fisher import VonMisesFisher
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "PowerSpherical",
     "ProjectedNormal",
     "RecognitionGuide",
+    "Smoothed",
     "VonMisesFisher",
 ]

@@ -67,6 +67,14 @@ MODELS = {
         5,
         lambda: (guide := guides.Normal(nn.Linear(6, 12), 2), models.RPM(guide, priors.LinearDynamics(2, 5))),
     ),
+    "smoothed dynamics": (
+        3,
+        lambda: (
+            p := priors.LinearDynamics(2, 3),
+            guide := guides.Smoothed(guides.Normal(nn.Linear(6, 12), 2), p),
+            models.RPM(guide, p),
+        )[1:],
+    ),
     "full Gaussian": (
         2,
         lambda: (g := guides.Normal(nn.Linear(6, 12), 2, full=True), models.RPM(g, priors.LinearDynamics(2, 2))),

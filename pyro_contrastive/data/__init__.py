@@ -6,6 +6,7 @@ from .anisotropic_world import AnisotropicBatch, AnisotropicWorld, bimodal_preci
 from .augment import crop_flip_jitter, crop_ladder, shift_and_flip
 from .cifar10h import Cifar10H, Fold, SoftLabelPairs, five_folds, load_cifar10h, sample_partners
 from .digits import corrupt, load_digits, shift_and_dropout
+from .moving_object import MovingObject, Video
 from .nonuniform_world import AcceptanceWorld
 from .pair_world import PairWorld
 from .sphere_world import SphereBatch, SphereWorld
@@ -17,11 +18,13 @@ __all__ = [
     "AnisotropicWorld",
     "Cifar10H",
     "Fold",
+    "MovingObject",
     "PairWorld",
     "SoftLabelPairs",
     "SphereBatch",
     "SphereWorld",
     "TwoViews",
+    "Video",
     "ViewLoader",
     "bimodal_precision",
     "corrupt",

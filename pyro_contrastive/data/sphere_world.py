@@ -46,21 +46,21 @@ class SphereBatch(NamedTuple):
 
 
 class World(nn.Module):
-    """A module that draws pairs of views whose posteriors are known. Subclasses define :meth:`sample`."""
+    """A module that draws views of items whose latents are known. Subclasses define :meth:`sample`."""
 
-    def sample(self, num_pairs: int, seed: int | None = None) -> Any:
-        """Draw pairs; the same seed gives the same pairs."""
-        raise NotImplementedError(f"{type(self).__name__} must define sample(num_pairs, seed)")
+    def sample(self, num_items: int, seed: int | None = None) -> Any:
+        """Draw items; the same seed gives the same items."""
+        raise NotImplementedError(f"{type(self).__name__} must define sample(num_items, seed)")
 
     def views(self, batch: Any) -> tuple[Tensor, ...]:
-        """What a model sees of a batch from :meth:`sample`."""
+        """The views of a batch, what a model may see of it: ``(x1, x2)``."""
         return batch.x1, batch.x2
 
     def batches(self, batch_size: int = 256, seed: int = 0) -> WorldBatches:
-        """Give fresh pairs without end, for training.
+        """Give fresh items without end, for training.
 
         Args:
-            batch_size: Pairs per batch, ``>= 1``.
+            batch_size: Items per batch, ``>= 1``.
             seed: Base seed, ``>= 0``; every batch has its own, derived from it and the position.
 
         Returns:
@@ -305,11 +305,11 @@ class SphereWorld(World):
 
 
 class WorldBatches:
-    """Endless iterator over fresh pairs of a world; see :meth:`World.batches`.
+    """Endless iterator over fresh items of a world; see :meth:`World.batches`.
 
     Args:
-        world: Where the pairs come from.
-        batch_size: Pairs per batch, ``>= 1``.
+        world: Where they come from.
+        batch_size: Items per batch, ``>= 1``.
         seed: Base seed, ``>= 0``.
 
     Raises:

@@ -192,7 +192,7 @@ def test_wrong_arguments_are_named(arguments, message):
 
 
 def test_wrong_calls_are_named():
-    with pytest.raises(ValueError, match="`num_pairs` must be >= 1"):
+    with pytest.raises(ValueError, match="`num_items` must be >= 1"):
         AnisotropicWorld([1.0, 2.0]).sample(0)
     with pytest.raises(ValueError, match=r"got shapes \(2,\) and \(4, 3\)"):
         sample_anisotropic(torch.ones(4, 3), torch.ones(2))

@@ -200,26 +200,26 @@ class AnisotropicWorld(World):
             x = (leaky_relu(x, _SLOPE) if number else x) @ weight
         return x
 
-    def sample(self, num_pairs: int, seed: int | None = None) -> AnisotropicBatch:
+    def sample(self, num_items: int, seed: int | None = None) -> AnisotropicBatch:
         """Draw anchors with their partners and hard negatives.
 
         Args:
-            num_pairs: Number of anchors ``N``, ``>= 1``.
+            num_items: Number of anchors ``N``, ``>= 1``.
             seed: Give the same seed for the same batch; the global random state is then left alone. None: draw from it.
 
         Returns:
             The batch, on the world's device.
 
         Raises:
-            ValueError: If ``num_pairs`` or ``seed`` is out of its range.
+            ValueError: If ``num_items`` or ``seed`` is out of its range.
         """
-        if num_pairs < 1:
-            raise ValueError(f"`num_pairs` must be >= 1, got {num_pairs!r}")
+        if num_items < 1:
+            raise ValueError(f"`num_items` must be >= 1, got {num_items!r}")
         if seed is not None:
             with seeded(derived_seed(seed), self.precision.device):
-                return self.sample(num_pairs)
+                return self.sample(num_items)
         with torch.no_grad():
-            anchor = normalize(self.precision.new_empty(num_pairs, self.dim).normal_(), dim=-1)
+            anchor = normalize(self.precision.new_empty(num_items, self.dim).normal_(), dim=-1)
             parts = [anchor] + [sample_anisotropic(anchor, row) for row in self.precision]
             if self.negative_precision is not None:
                 parts += sample_anisotropic(anchor.expand(self.num_negatives, -1, -1), self.negative_precision)

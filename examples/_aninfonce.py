@@ -65,6 +65,7 @@ def oracle(about: str, options: Mapping[str, Any], precision: Any = None, *, lr:
 BIMODAL, LINEAR = bimodal_precision(4), linear_precision(4)
 RATIO_20, RATIO_10 = bimodal_precision(4, 30.0, 1.5), bimodal_precision(4, 25.0, 2.5)
 STATED = {"learn_precision": False, "precision": LINEAR}
+SHORT: dict[str, Any] = {"steps": 800, "lr": 5e-3}  # enough to see which axes are found
 AMBIGUOUS = {"concentration": (16.0, 64.0)}
 ROWS: dict[str, Row] = {
     "oracle": oracle("the default: anchors as candidates, both directions", {}),
@@ -93,11 +94,13 @@ ROWS: dict[str, Row] = {
     "ratio-20-infonce": Row("the same, InfoNCE", RATIO_20, method="infonce"),
     "ratio-10": Row("25, 25, 2.5, 2.5", RATIO_10),
     "ratio-10-crowded": Row("the same, crowded start", RATIO_10, start="crowded"),
-    "hard": Row("pairs 8, 8, 8, 8, four hard negatives 6, 4, 2, 0", [8.0] * 4, HARD, options={"hard_negatives": 4}),
-    "hard-none": Row("the same pairs without them", [8.0] * 4),
-    "family-1": Row("10, 10, 3, 3", BLOCKS[0]),
-    "family-2": Row("10, 3, 10, 3", BLOCKS[1]),
-    "ensemble": Row("both families, one encoder", BLOCKS, method="ensemble"),
+    "hard": Row(
+        "pairs 8, 8, 8, 8, four hard negatives 6, 4, 2, 0", [8.0] * 4, HARD, options={"hard_negatives": 4}, **SHORT
+    ),
+    "hard-none": Row("the same pairs without them", [8.0] * 4, **SHORT),
+    "family-1": Row("10, 10, 3, 3", BLOCKS[0], **SHORT),
+    "family-2": Row("10, 3, 10, 3", BLOCKS[1], **SHORT),
+    "ensemble": Row("both families, one encoder", BLOCKS, method="ensemble", **SHORT),
     "ambiguous": Row(
         "kappa 16 to 64, Lambda stated, moment-matched", LINEAR, AMBIGUOUS,
         options={**STATED, "evidence": "moment_matched"}, steps=1_000, batch_size=128,

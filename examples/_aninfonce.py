@@ -95,7 +95,7 @@ ROWS: dict[str, Row] = {
     "ratio-10": Row("25, 25, 2.5, 2.5", RATIO_10),
     "ratio-10-crowded": Row("the same, crowded start", RATIO_10, start="crowded"),
     "hard": Row(
-        "pairs 8, 8, 8, 8, four hard negatives 6, 4, 2, 0", [8.0] * 4, HARD, options={"hard_negatives": 4}, **SHORT
+        "pairs 8, 8, 8, 8, four hard negatives 6, 4, 2, 0", [8.0] * 4, HARD, options={"hard_negatives": 4}, lr=5e-3
     ),
     "hard-none": Row("the same pairs without them", [8.0] * 4, **SHORT),
     "family-1": Row("10, 10, 3, 3", BLOCKS[0], **SHORT),

@@ -28,7 +28,8 @@ class Row:
         about: For the table. Precisions in it are the paper's, half of those of the authors' code.
         precision: Of the world, ``(d,)`` or one row per family.
         world: Further arguments of `AnisotropicWorld`.
-        method: "aninfonce", "infonce" (one learned temperature), "ensemble".
+        method: "aninfonce", "infonce" (one learned temperature), "exact" (`MCInfoNCE`, the concentration stated),
+            "ensemble".
         options: Further arguments of the model.
         start: "spread" (features standardised over the batch, the guides' default), "crowded" (not), or "oracle": the
             encoder is the inverse of the generator and only Lambda is learned.
@@ -109,6 +110,13 @@ ROWS: dict[str, Row] = {
         "the same, K = 16 samples", LINEAR, AMBIGUOUS,
         options={**STATED, "evidence": "k_sample"}, steps=1_000, batch_size=128,
     ),
+    "ambiguous-equal": Row(
+        "precisions 5 everywhere, moment-matched", [5.0] * 4, AMBIGUOUS,
+        options={"learn_precision": False, "evidence": "moment_matched"}, steps=500, batch_size=128,
+    ),
+    "ambiguous-equal-exact": Row(
+        "the same, MCInfoNCE with the exact evidence", [5.0] * 4, AMBIGUOUS, method="exact", steps=500, batch_size=128
+    ),
     "d10-bimodal": Row("d = 10", bimodal_precision(10), width=256, steps=20_000, batch_size=1_024, lr=1e-3),
     "d10-linear": Row("d = 10", linear_precision(10), width=256, steps=20_000, batch_size=1_024, lr=1e-3),
 }  # fmt: skip
@@ -128,6 +136,8 @@ def make_pair(row: Row, world: AnisotropicWorld, seed: int) -> tuple[nn.Module, 
         guide.direction.bias.zero_()
     if row.method == "infonce":
         return models.MCInfoNCE(guide, concentration=10.0, evidence="elbo", learn_concentration=True, **options), guide
+    if row.method == "exact":
+        return models.MCInfoNCE(guide, concentration=10.0), guide
     if row.method == "ensemble":
         return models.AnInfoNCEEnsemble(guide, len(row.precision), **options), guide
     return models.AnInfoNCE(guide, **options), guide
@@ -170,13 +180,14 @@ def score(model: Any, guide: Any, world: AnisotropicWorld, row: Row, seed: int) 
         "r2_second": linear.groups["second"],
         "mcc": axes.mcc,
     }
-    learned = (model.concentration / 2).expand(1, world.dim) if row.method == "infonce" else model.precision
+    isotropic = row.method in ("infonce", "exact")
+    learned = (model.concentration / 2).expand(1, world.dim) if isotropic else model.precision
     learned = learned.reshape(-1, world.dim)
     truth = world.precision - (0.0 if world.negative_precision is None else world.negative_precision)
     recovery = [
         diagnostics.precision_recovery(one, true, None if row.start == "oracle" else axes)
         for one, true in zip(learned, truth, strict=True)
-        if row.method != "infonce" and row.options.get("learn_precision", True)
+        if not isotropic and row.options.get("learn_precision", True)
     ]
     errors = {
         "precision_error": sum(one.relative_error for one in recovery) / len(recovery) if recovery else None,

@@ -97,7 +97,9 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     world = SphereWorld(args.dim, tuple(args.concentration), args.pair_concentration)
     test = world.sample(2_500, seed=1)
     with seeded(args.seed):
-        guide = guides.VonMisesFisher(nets.mlp([world.observed_dim, args.width, args.width]), args.dim, batch_norm=args.batch_norm)
+        guide = guides.VonMisesFisher(
+            nets.mlp([world.observed_dim, args.width, args.width]), args.dim, batch_norm=args.batch_norm
+        )
     curve: list[dict[str, float]] = []
 
     def note(step: int, seconds: float) -> None:

@@ -10,6 +10,7 @@ from .fused import Fused
 from .normal import Normal
 from .power_spherical import PowerSpherical
 from .projected_normal import ProjectedNormal
+from .siamese import Siamese
 from .smoothed import Smoothed
 from .von_mises_fisher import VonMisesFisher
 
@@ -21,6 +22,7 @@ __all__ = [
     "PowerSpherical",
     "ProjectedNormal",
     "RecognitionGuide",
+    "Siamese",
     "Smoothed",
     "VonMisesFisher",
 ]

@@ -29,7 +29,7 @@ class _Pass:
     """
 
     def __init__(self) -> None:
-        self.entries: list[tuple[weakref.ref[Tensor], int, TorchDistribution]] = []
+        self.entries: list[tuple[weakref.ref[Tensor], int, Any]] = []
         self.stamp: Any = None
 
     def __deepcopy__(self, memo: dict) -> _Pass:
@@ -58,7 +58,7 @@ class _Pass:
     def begin(self, module: nn.Module) -> None:
         self.entries, self.stamp = [], self._stamp(module)
 
-    def store(self, x: Tensor, posterior: TorchDistribution, features: Tensor) -> None:
+    def store(self, x: Tensor, posterior: Any, features: Tensor) -> None:
         self.entries.append((weakref.ref(x), self._version(x), posterior))
         if features.requires_grad:
             here = weakref.ref(self)
@@ -70,7 +70,7 @@ class _Pass:
 
             features.register_hook(used)
 
-    def find(self, x: Tensor, module: nn.Module) -> TorchDistribution | None:
+    def find(self, x: Tensor, module: nn.Module) -> Any:
         if not self.entries:
             return None
         if self.stamp != self._stamp(module):
@@ -82,6 +82,17 @@ class _Pass:
                 self.entries.append(self.entries.pop(i))
                 return posterior
         return None
+
+
+def _without_labels(arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The views among the arguments that a guide shares with its model."""
+    vectors = [x for x in arguments if x.dim() == 1]
+    if len(vectors) == len(arguments):
+        return arguments  # one number per item is a view, too
+    for x in vectors:
+        if x.is_floating_point() or x.is_complex():
+            raise ValueError(f"labels must be integers (N,), got {x.dtype} {tuple(x.shape)}; views have more axes")
+    return tuple(x for x in arguments if x.dim() != 1)
 
 
 class RecognitionGuide(Module):
@@ -121,8 +132,8 @@ class RecognitionGuide(Module):
         self.batch_norm = nn.BatchNorm1d(features, affine=False) if batch_norm else None
         self._pass = _Pass()
 
-    def _posterior(self, features: Tensor) -> TorchDistribution:
-        """The recognition law for encoder features ``(N, features)``."""
+    def _posterior(self, features: Tensor) -> Any:
+        """The recognition law for encoder features ``(N, features)``; whatever it returns is kept for the pass."""
         raise NotImplementedError
 
     def _encode(self, x: Tensor) -> Tensor:
@@ -137,7 +148,7 @@ class RecognitionGuide(Module):
             raise ValueError(f"the encoder must return a tensor of shape (N, {self.features}), got {got}; {way_out}")
         return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
 
-    def _recognise(self, features: Tensor) -> TorchDistribution:
+    def _recognise(self, features: Tensor) -> Any:
         """The recognition law, its heads in full precision: only the encoder runs under ``torch.autocast``."""
         with torch.autocast(features.device.type, enabled=False):
             if self.batch_norm is not None:
@@ -206,11 +217,13 @@ class RecognitionGuide(Module):
         """The Pyro guide: sites "z1", "z2", ... , one per view, in the plate "pairs".
 
         Args:
-            views: tensors with one leading dimension N, paired by rows.
+            views: tensors with one leading dimension N, paired by rows. A vector ``(N,)`` of integers among views with
+                more axes holds labels, for the model: it is not encoded.
 
         Raises:
-            ValueError: see :meth:`posteriors`.
+            ValueError: see :meth:`posteriors`; for a vector of other numbers among views with more axes.
         """
+        views = _without_labels(views)
         posteriors = self.posteriors(*views)
         with pyro.plate("pairs", len(views[0]), dim=-1):
             for j, posterior in enumerate(posteriors, start=1):

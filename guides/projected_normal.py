@@ -27,6 +27,8 @@ class ProjectedNormal(RecognitionGuide):
         batch_norm: standardise the features over the batch before the heads.
         initial_scale: sigma at the start of training, by default sqrt((1/0.6^2 - 1)/d), where a draw's cosine to the
             mean direction is about 0.6.
+        free_length: learn a common factor c(x) on mu and sigma as well (an output ``length``). The law does not see it,
+            nor do its density and the other divergences; a Gaussian divergence from N(0, I) does.
 
     Raises:
         ValueError: see :class:`~pyro_contrastive.guides.base.RecognitionGuide`.
@@ -40,12 +42,20 @@ class ProjectedNormal(RecognitionGuide):
         features: int | None = None,
         batch_norm: bool = True,
         initial_scale: float | None = None,
+        free_length: bool = False,
     ) -> None:
         super().__init__(encoder, dim, features=features, batch_norm=batch_norm)
         if initial_scale is None:
             initial_scale = math.sqrt((1 / INITIAL_RESULTANT_LENGTH**2 - 1) / dim)
         self.direction = DirectionHead(self.features, dim)
         self.scale = ConcentrationHead(self.features, initial_scale, outputs=dim)
+        # at the start the best one, where |mu|^2 + tr Sigma = d
+        best = math.sqrt(dim / (1 + dim * initial_scale**2))
+        self.length = ConcentrationHead(self.features, best) if free_length else None
 
     def _posterior(self, features: Tensor) -> dist.ProjectedNormal:
-        return dist.ProjectedNormal(self.direction(features), self.scale(features))
+        loc, scale = self.direction(features), self.scale(features)
+        if self.length is not None:
+            length = self.length(features)
+            loc, scale = length * loc, length * scale
+        return dist.ProjectedNormal(loc, scale)

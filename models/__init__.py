@@ -9,5 +9,21 @@ from .discrete_rpm import DiscreteRPM
 from .hedged_instance import HedgedInstance
 from .mcinfonce import MCInfoNCE
 from .rpm import RPM
+from .simclr import SimCLR, SupCon
+from .vcl import VSimCLR, VSupCon
+from .vi_simsiam import SimSiam, VISimSiam
 
-__all__ = ["AnInfoNCE", "AnInfoNCEEnsemble", "DiscreteRPM", "HedgedInstance", "MCInfoNCE", "RPM"]
+__all__ = [
+    "AnInfoNCE",
+    "AnInfoNCEEnsemble",
+    "DiscreteRPM",
+    "HedgedInstance",
+    "MCInfoNCE",
+    "RPM",
+    "SimCLR",
+    "SimSiam",
+    "SupCon",
+    "VISimSiam",
+    "VSimCLR",
+    "VSupCon",
+]

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("fit", help="fit one method to one kind of data", epilog=EXAMPLES, formatter_class=form)
     sub.add_argument("--method", required=True, choices=METHODS, help="see `list`")
     sub.add_argument("--data", required=True, choices=DATA, help="see `list`")
-    sub.add_argument("--guide", choices=GUIDES, default="vmf", help="family of the posterior (default: %(default)s)")
+    sub.add_argument("--guide", choices=GUIDES, help="family of the posterior (default: suits the method)")
     sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the run, made when missing")
     sub.add_argument("--evidence", choices=EVIDENCES, help="of mcinfonce (default: suits data and concentration)")
     sub.add_argument(
@@ -264,7 +264,9 @@ def _table(sections: Sequence[Any]) -> str:
 
 def _list(args: argparse.Namespace) -> int:
     groups = {
-        "methods (--method)": METHODS,
+        "methods (--method)": {
+            name: f"{method.about}   https://arxiv.org/abs/{method.paper}" for name, method in METHODS.items()
+        },
         "guides (--guide)": {name: about for name, (_, about) in GUIDES.items()},
         "data (--data)": {name: entry.about for name, entry in DATA.items()},
         "evidences of mcinfonce (--evidence)": EVIDENCES,

@@ -130,7 +130,8 @@ def fit(
         schedule: ``"cosine"`` (to zero at the last step), ``"constant"``, or a function from the fraction done, in
             ``[0, 1)``, to the factor on the learning rate.
         clip_norm: Largest norm of the gradient, ``> 0``. None: no clipping.
-        elbo: A fresh Pyro objective. Default: ``Trace_ELBO(max_plate_nesting=1)``.
+        elbo: A fresh Pyro objective. Default: ``model.objective()`` of a model that has one of its own, else
+            ``Trace_ELBO(max_plate_nesting=1)``.
         seed: Seed of everything random in the run but the data.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
         out: Folder for ``checkpoint.pt``. None: no file is written.
@@ -179,7 +180,8 @@ def fit(
     factor = schedule if callable(schedule) else SCHEDULES[schedule]
     target = pick_device(device)
     path = None if out is None else Path(out) / "checkpoint.pt"
-    elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
+    if elbo is None:
+        elbo = model.objective() if hasattr(model, "objective") else Trace_ELBO(max_plate_nesting=1)
 
     modules = {name: part for name, part in (("model", model), ("guide", guide)) if isinstance(part, nn.Module)}
     for part in modules.values():

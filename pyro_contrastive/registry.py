@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,8 @@ from pyro_contrastive import guides, models, nets
 from pyro_contrastive.data import SphereWorld, ViewLoader, corrupt, load_digits, shift_and_dropout
 from pyro_contrastive.ops.random import seeded
 
-__all__ = ["DATA", "EVIDENCES", "GUIDES", "METHODS", "Run", "RunConfig"]
+__all__ = ["DATA", "EVIDENCES", "GUIDES", "METHODS", "Method", "Run", "RunConfig"]
 
-METHODS = {
-    "mcinfonce": "InfoNCE over posteriors, concentration of the pairs assumed   https://arxiv.org/abs/2302.02865",
-    "rpm": "recognition-parametrised model, concentration of the pairs learned   https://arxiv.org/abs/2209.05661",
-}
 EVIDENCES = {
     "exact": "no samples, no approximation; with concentration inf the views share one latent",
     "moment_matched": "no samples, approximate and faster, for a finite concentration of the pairs",
@@ -34,7 +30,32 @@ GUIDES: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "power_spherical": (guides.PowerSpherical, "power spherical posterior: like vmf, lighter numerics"),
     "projected_normal": (guides.ProjectedNormal, "projected normal posterior, one scale per axis"),
     "delta": (guides.Delta, "a point: the deterministic encoder of SimCLR"),
+    "siamese": (guides.Siamese, "a point, and a power spherical prediction of the other view's point"),
 }
+STOCHASTIC = ("vmf", "power_spherical", "projected_normal")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a name on the command line stands for.
+
+    Attributes:
+        about: A line for ``list``.
+        paper: arXiv number.
+        build: Makes the model from the guide and the configuration.
+        guides: Keys of ``GUIDES`` that go with it, the default first.
+        needs: What these have in common, for the message.
+        concentration: Of the kernel at the start; None: the method has no such number, or finds its own default.
+        options: Of the guide.
+    """
+
+    about: str
+    paper: str
+    build: Callable[[Any, RunConfig], nn.Module]
+    guides: tuple[str, ...]
+    needs: str
+    concentration: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,56 @@ DATA = {
 }
 
 
+METHODS = {
+    "mcinfonce": Method(
+        "InfoNCE over posteriors, concentration of the pairs assumed",
+        "2302.02865",
+        lambda guide, config: models.MCInfoNCE(guide, concentration=config.concentration, evidence=config.evidence),  # type: ignore[arg-type]
+        (*STOCHASTIC, "delta"),
+        "any posterior or a point",
+    ),
+    "rpm": Method(
+        "recognition-parametrised model, concentration of the pairs learned",
+        "2209.05661",
+        lambda guide, config: models.RPM(guide, concentration=config.concentration),
+        STOCHASTIC,
+        "a posterior with a density",
+        10.0,
+    ),
+    "simclr": Method(
+        "NT-Xent on points, temperature 1 / concentration",
+        "2002.05709",
+        lambda guide, config: models.SimCLR(guide, concentration=config.concentration),  # type: ignore[arg-type]
+        ("delta",),
+        "a point",
+        5.0,
+    ),
+    "vsimclr": Method(
+        "SimCLR over posteriors with a weighted divergence from the uniform law",
+        "2506.10159",
+        lambda guide, config: models.VSimCLR(guide, concentration=config.concentration),  # type: ignore[arg-type]
+        ("projected_normal", "vmf", "power_spherical"),
+        "a posterior with a density",
+        5.0,
+    ),
+    "simsiam": Method(
+        "predictions of the other view's point, one fixed concentration",
+        "2011.10566",
+        lambda guide, config: models.SimSiam(guide),
+        ("siamese",),
+        "points and predictions",
+        options={"width": "fixed", "density": "von_mises_fisher"},
+    ),
+    "vi_simsiam": Method(
+        "predictions of the other view's point with a concentration per view",
+        "2203.11437",
+        lambda guide, config: models.VISimSiam(guide),
+        ("siamese",),
+        "points and predictions",
+    ),
+}
+
+
 def _one_of(name: str, value: str, valid: Iterable[str]) -> None:
     if value not in valid:
         raise ValueError(f"unknown {name} {value!r}; choose one of: {', '.join(valid)}")
@@ -68,10 +139,10 @@ class RunConfig:
     Args:
         method: A key of ``METHODS``.
         data: A key of ``DATA``.
-        guide: A key of ``GUIDES``.
+        guide: A key of ``GUIDES``. None: what suits the method.
         evidence: A key of ``EVIDENCES``; only MCInfoNCE has a choice. None: what suits the data and ``concentration``.
-        concentration: Of the latents of a pair: assumed by MCInfoNCE, the start value in RPM. None: what suits
-            the evidence (infinite for ``exact``, else 20; 10 for RPM).
+        concentration: Of the latents of a pair: assumed by MCInfoNCE, the start value in RPM, the inverse temperature
+            of SimCLR. None: what suits the evidence (infinite for ``exact``, else 20) or the method.
         dim: Dimension of the sphere's ambient space, ``>= 2``. None, here and below: what suits the data.
         steps: Optimiser steps.
         lr: Learning rate of Adam.
@@ -88,7 +159,7 @@ class RunConfig:
 
     method: str = "mcinfonce"
     data: str = "digits"
-    guide: str = "vmf"
+    guide: str | None = None
     evidence: str | None = None
     concentration: float | None = None
     dim: int | None = None
@@ -100,27 +171,34 @@ class RunConfig:
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("data", self.data, DATA)
-        _one_of("guide", self.guide, GUIDES)
-        defaults = DATA[self.data]
+        method, defaults = METHODS[self.method], DATA[self.data]
+        guide = method.guides[0] if self.guide is None else self.guide
+        _one_of("guide", guide, GUIDES)
+        if guide not in method.guides:
+            raise ValueError(
+                f"{self.method} needs {method.needs}, got guide {guide!r}; use one of: {', '.join(method.guides)}"
+            )
         evidence, concentration = self.evidence, self.concentration
-        if self.method == "rpm":
+        if self.method != "mcinfonce":
             if evidence is not None:
-                raise ValueError(f"`evidence` is a choice of mcinfonce only, got {evidence!r} for rpm; leave it out")
-            if self.guide == "delta":
-                raise ValueError("rpm needs a posterior with a density, got guide 'delta'; use vmf or power_spherical")
-            concentration = 10.0 if concentration is None else concentration
+                raise ValueError(
+                    f"`evidence` is a choice of mcinfonce only, got {evidence!r} for {self.method}; leave it out"
+                )
+            if concentration is not None and method.concentration is None:
+                raise ValueError(f"`concentration` is no choice of {self.method}, got {concentration!r}; leave it out")
+            concentration = method.concentration if concentration is None else concentration
         else:
             if evidence is None:
-                evidence = {"vmf": "exact", "delta": "elbo"}.get(self.guide, "k_sample")
+                evidence = {"vmf": "exact", "delta": "elbo"}.get(guide, "k_sample")
             _one_of("evidence", evidence, EVIDENCES)
-            if evidence in CLOSED_FORMS and self.guide != "vmf":
+            if evidence in CLOSED_FORMS and guide != "vmf":
                 raise ValueError(
-                    f"evidence {evidence!r} is a closed form of guide 'vmf', got guide {self.guide!r}; "
-                    "use k_sample or elbo"
+                    f"evidence {evidence!r} is a closed form of guide 'vmf', got guide {guide!r}; use k_sample or elbo"
                 )
             if concentration is None:
                 concentration = defaults.concentration if evidence == "exact" else 20.0
         filled = {
+            "guide": guide,
             "evidence": evidence,
             "concentration": concentration,
             "dim": defaults.dim if self.dim is None else self.dim,
@@ -133,7 +211,7 @@ class RunConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)!r}")
         for name in ("lr", "concentration"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)!r}")
 
     def as_dict(self) -> dict[str, Any]:
@@ -188,21 +266,22 @@ class Run:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        assert config.dim is not None and config.concentration is not None
+        assert config.dim is not None and config.guide is not None
+        method = METHODS[config.method]
         with seeded(config.seed):
             digits = config.data == "digits"
             encoder = nets.mlp([64 if digits else self.world().observed_dim, 128, 128], batch_norm=digits)
-            self.guide = GUIDES[config.guide][0](encoder, config.dim)
-            if config.method == "rpm":
-                self.model: nn.Module = models.RPM(self.guide, concentration=config.concentration)
-            else:
-                self.model = models.MCInfoNCE(self.guide, concentration=config.concentration, evidence=config.evidence)  # type: ignore[arg-type]
+            self.guide = GUIDES[config.guide][0](encoder, config.dim, **method.options)
+            self.model = method.build(self.guide, config)
 
     def world(self) -> SphereWorld:
-        """Build the world of a ``sphere`` run: its pairs are related as MCInfoNCE assumes (kappa 20 for RPM)."""
+        """Build the world of a ``sphere`` run: its pairs are related as MCInfoNCE assumes (kappa 20 for the others)."""
         config = self.config
-        assert config.dim is not None and config.concentration is not None
-        pair_concentration = config.concentration if config.method == "mcinfonce" else 20.0
+        assert config.dim is not None
+        pair_concentration = 20.0
+        if config.method == "mcinfonce":
+            assert config.concentration is not None
+            pair_concentration = config.concentration
         return SphereWorld(config.dim, pair_concentration=pair_concentration)
 
     def batches(self, device: torch.device) -> Iterable[tuple[torch.Tensor, ...]]:

@@ -59,12 +59,6 @@ def _fused_natural(family: ExponentialFamily, views: Sequence[Any], prior: Any) 
     return total - (len(views) - 1) * family.natural(prior)
 
 
-def _aligned(pairs: Pairs) -> Tensor:
-    """Row i against column i only, ``(..., N)``: the same function on N grids of one cell."""
-    rows, columns = (tuple(t.unsqueeze(-2) for t in side) for side in (pairs.rows, pairs.columns))
-    return pairs.function(rows, columns, pairs.shared).squeeze((-1, -2))
-
-
 def _check_items(what: str, law: Any) -> None:
     if not law.batch_shape:
         raise ValueError(f"{what} compares the items of a batch and needs laws of batch shape (..., N), got ()")
@@ -136,10 +130,10 @@ def shared_latent_log_evidence(posteriors: Sequence[Any], prior: Any = None) -> 
         (tensor([1.0986]), tensor([2.1972]))
     """
     family, views, prior = _checked(posteriors, prior, 2)
-    total = _aligned(family.pairs(views[0], views[1], prior))
+    total = family.pairs(views[0], views[1], prior).diagonal()
     for j in range(2, len(views)):
         before = family.law(_fused_natural(family, views[:j], prior))
-        total = total + _aligned(family.pairs(before, views[j], prior))
+        total = total + family.pairs(before, views[j], prior).diagonal()
     return total
 
 

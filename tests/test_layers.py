@@ -26,6 +26,7 @@ LAYERS = {
     "aggregates": 2,
     "factors": 3,
     "objectives": 4,
+    "positives": 4,
     "priors": 4,
     "shared_latent": 4,
     "nets": 5,

@@ -12,7 +12,9 @@ import torch
 from scipy import integrate, stats
 
 from pyro_contrastive.data import SphereWorld
-from pyro_contrastive.distributions import VonMisesFisher
+from pyro_contrastive.distributions import VonMisesFisher, log_uniform_density
+from pyro_contrastive.factors import infonce_log_ratio
+from pyro_contrastive.kernels import expected_log_ratio
 
 
 def small_world(**kwargs):
@@ -190,3 +192,33 @@ def test_errors_of_methods():
 def test_double_precision_world():
     batch = small_world().double().sample(4, seed=0)
     assert all(value.dtype == torch.float64 for value in batch)
+
+
+@pytest.mark.parametrize(("dim", "pair"), [(2, 3.0), (10, 20.0), (64, 128.0)])
+def test_information_of_injective_views_is_that_of_the_latents(dim, pair):
+    """Minus the entropy of a step against the uniform law; 5 standard errors, exceeded once in two million."""
+    step = VonMisesFisher(torch.eye(dim)[0], torch.tensor(pair))
+    expected = float(-step.entropy() - log_uniform_density(dim))
+    for concentration in (math.inf, 1e7):
+        information, error = SphereWorld(dim, concentration, pair).mutual_information()
+        assert information == pytest.approx(expected, abs=5 * error + 1e-3) and 0 < error < 0.05
+
+
+def test_no_infonce_score_exceeds_the_information():
+    """Nor does the true density ratio among many candidates fall short of it by much."""
+    world = SphereWorld(5, (4.0, 16.0), 10.0)
+    information, error = world.mutual_information()
+    batch = world.sample(1_000, seed=3)
+    ratios = expected_log_ratio(world.posterior(batch, 1), world.posterior(batch, 2), 10.0)
+    score = infonce_log_ratio(ratios)
+    spread = float(score.std()) / math.sqrt(1_000)
+    assert information - 0.1 < float(score.mean()) < information + 5 * math.hypot(error, spread)
+    assert SphereWorld(5, 0.01, 10.0).mutual_information()[0] == pytest.approx(0, abs=1e-5)
+    assert SphereWorld(5, math.inf, math.inf).mutual_information() == (math.inf, 0.0)
+
+
+def test_information_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match=r"uniform latents, got prior_concentration=2.0"):
+        SphereWorld(3, prior_concentration=2.0).mutual_information()
+    with pytest.raises(ValueError, match="`num_pairs` must be >= 2, got 1"):
+        SphereWorld(3).mutual_information(1)

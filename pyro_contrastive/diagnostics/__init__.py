@@ -45,6 +45,7 @@ from pyro_contrastive.diagnostics.checks_truth import (
     judge_tarp,
     judge_variational_sbc,
 )
+from pyro_contrastive.diagnostics.collapse import Spectrum, embedding_spectrum
 from pyro_contrastive.diagnostics.comparison import Comparison, compare
 from pyro_contrastive.diagnostics.evidence_gap import EvidenceGap, evidence_gap
 from pyro_contrastive.diagnostics.identifiability import Identifiability, identifiability, plot_identifiability
@@ -83,6 +84,12 @@ from pyro_contrastive.diagnostics.precision import (
     judge_precision,
     plot_precision,
     precision_recovery,
+)
+from pyro_contrastive.diagnostics.prediction import (
+    ResultantLengthCheck,
+    StationarityCheck,
+    resultant_length_check,
+    stationarity_check,
 )
 from pyro_contrastive.diagnostics.predictive import PartnerCheck, Reliability, partner_check
 from pyro_contrastive.diagnostics.quantities import (
@@ -136,6 +143,7 @@ from pyro_contrastive.diagnostics.selective import (
 from pyro_contrastive.diagnostics.sphere_html import sphere_html
 from pyro_contrastive.diagnostics.tarp import TARP, expected_coverage, tarp
 from pyro_contrastive.diagnostics.variational_sbc import VSBC, asymmetry_pvalue, variational_sbc
+from pyro_contrastive.diagnostics.width import WidthCalibration, calibrate_width
 
 __all__ = [
     "AggregateBias",
@@ -159,15 +167,19 @@ __all__ = [
     "PrecisionRecovery",
     "RankingScores",
     "Reliability",
+    "ResultantLengthCheck",
     "RiskCoverage",
     "SBC",
     "Score",
     "Section",
     "SelectiveRisk",
     "Sharpness",
+    "Spectrum",
+    "StationarityCheck",
     "TARP",
     "Uniformity",
     "VSBC",
+    "WidthCalibration",
     "accuracy_by_quartile",
     "adjusted_pvalues",
     "aggregate_bias",
@@ -176,6 +188,7 @@ __all__ = [
     "angle_to_mean",
     "angle_to_reference",
     "asymmetry_pvalue",
+    "calibrate_width",
     "cap_area",
     "cap_pit",
     "cap_probability",
@@ -192,6 +205,7 @@ __all__ = [
     "credible_sets",
     "default_quantities",
     "direction_and_concentration",
+    "embedding_spectrum",
     "energy_score",
     "entropy_agreement",
     "evidence_gap",
@@ -266,6 +280,7 @@ __all__ = [
     "rank_agreement",
     "rank_pit",
     "ranking_scores",
+    "resultant_length_check",
     "risk_coverage",
     "sbc",
     "sbc_ranks",
@@ -275,6 +290,7 @@ __all__ = [
     "size_correlation",
     "sphere_html",
     "sphere_report",
+    "stationarity_check",
     "stream_arviz",
     "tarp",
     "to_arviz",

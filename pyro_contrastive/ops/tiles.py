@@ -77,6 +77,11 @@ class Pairs:
         function = _compiled(self.function) if self.compile else self.function
         return function(self.rows, self.columns, self.shared)
 
+    def diagonal(self) -> Tensor:
+        """Row item i with column item i only, ``(..., N)``: the same function on N grids of one cell."""
+        rows, columns = (tuple(t.unsqueeze(-2) for t in side) for side in (self.rows, self.columns))
+        return self.function(rows, columns, self.shared).squeeze((-1, -2))
+
     def compiled(self) -> Pairs:
         """The same pairs with ``compile=True``."""
         return replace(self, compile=True)

@@ -3,6 +3,8 @@
 if __name__ == "models":
     raise ImportError("import pyro_contrastive.models, not the bare folder models")
 
+from .aninfonce import AnInfoNCE
+from .aninfonce_ensemble import AnInfoNCEEnsemble
 from .discrete_rpm import DiscreteRPM
 from .hedged_instance import HedgedInstance
 from .mcinfonce import MCInfoNCE
@@ -12,6 +14,8 @@ from .vcl import VSimCLR, VSupCon
 from .vi_simsiam import SimSiam, VISimSiam
 
 __all__ = [
+    "AnInfoNCE",
+    "AnInfoNCEEnsemble",
     "DiscreteRPM",
     "HedgedInstance",
     "MCInfoNCE",

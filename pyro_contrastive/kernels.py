@@ -20,8 +20,9 @@ from torch import Tensor
 
 from .distributions import VonMisesFisher
 from .modules import Module
+from .ops.anisotropic import log_normalizer, matched_precision
 from .ops.bessel import bessel_ratio, matched_log_density
-from .ops.constraints import scale_parameter
+from .ops.constraints import scale_parameter, signed_scale_parameter
 from .ops.precision import matmul
 from .ops.series import expected_kernel_log_ratio, shared_latent_kernel_log_ratio
 from .ops.tiles import Pairs, Tensors
@@ -32,6 +33,7 @@ __all__ = [
     "VonMisesFisherKernel",
     "expected_log_ratio",
     "expected_pairs",
+    "moment_matched_anisotropic_pairs",
     "moment_matched_log_ratio",
     "moment_matched_pairs",
     "shared_latent_log_ratio",
@@ -117,6 +119,14 @@ def _quadratic(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
     return matmul(scaled, z2.mT) - size1 - size2.mT
 
 
+def _matched_anisotropic(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
+    (mu1, k1), (mu2, k2), (precision,) = rows, columns, shared
+    # (..., N, M, d): the precision of a pair depends on the widths of both of its items
+    matched = matched_precision(precision, k1, k2.mT)
+    distance = (mu1.unsqueeze(-2) - mu2.unsqueeze(-3)).square()
+    return -(matched * distance).sum(-1) - log_normalizer(mu1.unsqueeze(-2), matched)
+
+
 class AnisotropicKernel(PairKernel):
     r"""The anisotropic Gaussian kernel, :math:`\log f(z, z') = -(z - z')^\top \mathrm{diag}(\Lambda)\, (z - z')`.
 
@@ -132,10 +142,16 @@ class AnisotropicKernel(PairKernel):
         precision: Lambda > 0, finite; one number for all dimensions or d of them.
         learn: make them positive parameters (``precision``) instead of a buffer, optimised as log(Lambda) / 4 so that
             they keep pace with the network.
+        normalized: subtract the log of the mean of f(z, .) over the sphere, by a saddle point
+            (:func:`~pyro_contrastive.ops.anisotropic.log_normalizer`): log f is then the log density of z' given z
+            relative to the uniform law. It cancels where partners of one z are compared, and not where candidates
+            for z are.
+        signed: let them be negative. The kernel is then a ratio of two anisotropic laws, for negatives that are not
+            uniform: their precisions are differences (optimised as asinh(Lambda) / 4).
 
     Raises:
-        ValueError: if the precision is not positive and finite, or neither one number nor d numbers; when called, if
-            latents have another dimension.
+        ValueError: if a precision is not finite, or not positive in a kernel that is not `signed`, or if there is
+            neither one number nor d numbers; when called, if latents have another dimension.
 
     Shape:
         ``(..., N, d), (..., M, d) -> (..., N, M)``.
@@ -152,18 +168,31 @@ class AnisotropicKernel(PairKernel):
 
     precision: Tensor
 
-    def __init__(self, dim: int, precision: float | Sequence[float] | Tensor = 5.0, *, learn: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        precision: float | Sequence[float] | Tensor = 5.0,
+        *,
+        learn: bool = True,
+        normalized: bool = False,
+        signed: bool = False,
+    ) -> None:
         super().__init__()
         value = torch.as_tensor(precision, dtype=torch.get_default_dtype()).detach()
         if value.shape not in ((), (1,), (dim,)):
             raise ValueError(
                 f"`precision` must be one number or one per dimension, {dim} of them, got shape {tuple(value.shape)}"
             )
+        if normalized and signed:
+            raise ValueError("`normalized` is for precisions that are positive; pass only one of it and `signed`")
         value = value.expand(dim).clone()
-        if not (value.gt(0) & value.isfinite()).all():
-            raise ValueError(f"`precision` must be positive and finite, got {precision!r}")
+        if not ((value.gt(0) | signed) & value.isfinite()).all():
+            rule, way_out = ("", "") if signed else ("positive and ", "; signed=True allows negative ones")
+            raise ValueError(f"`precision` must be {rule}finite, got {precision!r}{way_out}")
+        self.normalized = normalized
         if learn:
-            setattr(self, "precision", PyroParam(value, constraint=scale_parameter))  # noqa: B010 (typing)
+            constraint = signed_scale_parameter if signed else scale_parameter
+            setattr(self, "precision", PyroParam(value, constraint=constraint))  # noqa: B010 (typing)
         else:
             self.register_buffer("precision", value)
 
@@ -177,6 +206,8 @@ class AnisotropicKernel(PairKernel):
                     f"{z.shape[-1]} dimensions; build AnisotropicKernel({z.shape[-1]})"
                 )
         rows, columns = (((z.square() * precision).sum(-1, keepdim=True)) for z in (z1, z2))
+        if self.normalized:
+            rows = rows + log_normalizer(z1, precision).unsqueeze(-1)
         return Pairs(_quadratic, (2 * precision * z1, rows), (z2, columns))
 
 
@@ -239,6 +270,32 @@ def moment_matched_pairs(posterior1: VonMisesFisher, posterior2: VonMisesFisher,
     _check_families(posterior1, posterior2)
     rows, columns = ((q.mean_direction, q.mean_resultant_length.unsqueeze(-1)) for q in (posterior1, posterior2))
     return Pairs(_moment_matched, rows, columns, (bessel_ratio(posterior1.dim, concentration),))
+
+
+def moment_matched_anisotropic_pairs(
+    posterior1: VonMisesFisher, posterior2: VonMisesFisher, precision: Tensor
+) -> Pairs:
+    r"""Evidence of a pair of views whose latents lie apart by an anisotropic law, in closed form but not exact.
+
+    The law of the second view given the first is taken to be anisotropic around the first mean direction, with the
+    precisions of :func:`~pyro_contrastive.ops.anisotropic.matched_precision` for the three steps (first posterior,
+    pair, second posterior), and normalised. For equal precisions this is :func:`moment_matched_log_ratio`. Against
+    simulation at d = 4 and 10, concentrations of 4 to 64 and ratios of precisions up to 5 it is off by about .05 nats
+    for likely pairs (.2 at most), and by more on the far side, where pairs weigh little; at a ratio of 20 by up to .6.
+
+    Args:
+        posterior1: batch ``(..., N)``, of the anchors.
+        posterior2: batch ``(..., M)``.
+        precision: Lambda > 0 of the pair, ``(d,)``, the paper's convention.
+
+    Returns:
+        ``(..., N, M)`` log ratios in nats, unevaluated. A grid takes memory for ``d`` numbers per pair.
+
+    Raises:
+        TypeError: for posteriors of another family.
+    """
+    rows, columns = _directions_and_concentrations(posterior1, posterior2)
+    return Pairs(_matched_anisotropic, rows, columns, (precision,))
 
 
 def moment_matched_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFisher, concentration: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .anisotropic_world import AnisotropicBatch, AnisotropicWorld, bimodal_precision, linear_precision
 from .augment import crop_and_rotate, crop_flip_jitter, crop_ladder, shift_and_flip
 from .cifar10h import Cifar10H, Fold, SoftLabelPairs, five_folds, load_cifar10h, sample_partners
 from .corruptions import CORRUPTIONS, NUM_SEVERITIES, degrade
@@ -15,6 +16,8 @@ from .views import TwoViews, ViewLoader
 
 __all__ = [
     "AcceptanceWorld",
+    "AnisotropicBatch",
+    "AnisotropicWorld",
     "CORRUPTIONS",
     "Cifar10H",
     "Fold",
@@ -28,12 +31,14 @@ __all__ = [
     "TwoViews",
     "Video",
     "ViewLoader",
+    "bimodal_precision",
     "corrupt",
     "crop_and_rotate",
     "crop_flip_jitter",
     "crop_ladder",
     "degrade",
     "five_folds",
+    "linear_precision",
     "load_cifar10h",
     "load_digits",
     "load_images",

@@ -80,6 +80,12 @@ from pyro_contrastive.diagnostics.plots_calibration import (
 )
 from pyro_contrastive.diagnostics.plots_retrieval import plot_credible_caps, plot_credible_sets, plot_risk_coverage
 from pyro_contrastive.diagnostics.plots_sphere import plot_sphere_caps
+from pyro_contrastive.diagnostics.precision import (
+    PrecisionRecovery,
+    judge_precision,
+    plot_precision,
+    precision_recovery,
+)
 from pyro_contrastive.diagnostics.prediction import (
     ResultantLengthCheck,
     StationarityCheck,
@@ -168,6 +174,7 @@ __all__ = [
     "PITBand",
     "PartnerCheck",
     "Picture",
+    "PrecisionRecovery",
     "RankingScores",
     "Reliability",
     "RepresentationScores",
@@ -232,6 +239,7 @@ __all__ = [
     "judge_partner",
     "judge_partner_reliability",
     "judge_pit",
+    "judge_precision",
     "judge_recovery",
     "judge_sbc",
     "judge_tarp",
@@ -273,12 +281,14 @@ __all__ = [
     "plot_neighbours",
     "plot_pit",
     "plot_ppc_pit",
+    "plot_precision",
     "plot_rank",
     "plot_rank_histogram",
     "plot_reliability",
     "plot_risk_coverage",
     "plot_sphere_caps",
     "plot_tarp",
+    "precision_recovery",
     "procrustes",
     "psis_khat",
     "rank_agreement",

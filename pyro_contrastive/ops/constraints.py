@@ -1,12 +1,14 @@
-"""A positive parameter that an optimiser moves fast enough."""
+"""Scale parameters that an optimiser moves fast enough."""
 
 from __future__ import annotations
 
-from torch.distributions import biject_to, transform_to
-from torch.distributions.constraints import greater_than
+import torch
+from torch import Tensor
+from torch.distributions import biject_to, constraints, transform_to
+from torch.distributions.constraints import Constraint, greater_than
 from torch.distributions.transforms import AffineTransform, ComposeTransform, ExpTransform, Transform
 
-__all__ = ["scale_parameter"]
+__all__ = ["scale_parameter", "signed_scale_parameter"]
 
 _GAIN = 4.0
 
@@ -29,4 +31,34 @@ def _transform(constraint: _ScaleParameter) -> Transform:
     return ComposeTransform([AffineTransform(0.0, _GAIN), ExpTransform()])
 
 
+class _SignedScaleParameter(Constraint):
+    """Real numbers, optimised as asinh(x) / 4: like a positive scale where they are large, and free to change sign."""
+
+    def check(self, value: Tensor) -> Tensor:
+        return constraints.real.check(value)
+
+
+class _Sinh(Transform):
+    domain = constraints.real
+    codomain = constraints.real
+    bijective = True
+    sign = +1
+
+    def _call(self, x: Tensor) -> Tensor:
+        return torch.sinh(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return torch.asinh(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * torch.log1p(y.square())
+
+
+@biject_to.register(_SignedScaleParameter)
+@transform_to.register(_SignedScaleParameter)
+def _signed_transform(constraint: _SignedScaleParameter) -> Transform:
+    return ComposeTransform([AffineTransform(0.0, _GAIN), _Sinh()])
+
+
 scale_parameter = _ScaleParameter()
+signed_scale_parameter = _SignedScaleParameter()

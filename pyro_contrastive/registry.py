@@ -109,6 +109,14 @@ METHODS = {
         "a posterior with a density",
         5.0,
     ),
+    "aninfonce": Method(
+        "InfoNCE with a learned precision per axis, starting at half the concentration",
+        "2407.00143",
+        lambda guide, config: models.AnInfoNCE(guide, precision=(config.concentration or 10.0) / 2),
+        ("delta", *STOCHASTIC),
+        "any posterior or a point",
+        10.0,
+    ),
     "simsiam": Method(
         "predictions of the other view's point, one fixed concentration",
         "2011.10566",

@@ -347,7 +347,7 @@ def _lengths(first: _Encoded, second: _Encoded, *, predicts: bool, pair_concentr
         dim = torch.tensor(pair_concentration, dtype=torch.float64)
         pair = 1.0 if math.isinf(pair_concentration) else float(bessel_ratio(first.points.shape[1], dim))
         length = length * (1.0 - _known(second.width)) * pair
-    law = SimpleNamespace(mean_direction=first.directions, mean_resultant_length=length)
+    law = SimpleNamespace(mean_direction=first.directions, mean=first.directions * length[:, None])
     return resultant_length_check(law, second.points, num_groups=4 if len(length) >= 8 else 1)
 
 

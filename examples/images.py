@@ -357,7 +357,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = math.inf if args.minutes is None else started + 60 * args.minutes
-    data = load(args)
+    try:
+        data = load(args)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"images.py: {error}") from None
     for method in args.method:
         if not run(method, data, args, deadline):
             return

@@ -63,6 +63,12 @@ def projector(features: int, hidden: int | None = None) -> nn.Sequential:
     return nn.Sequential(nn.Linear(features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU())
 
 
+def _check_channels(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"`{name}` must be an integer >= 1, a number of channels, got {number!r}")
+
+
 def small_convnet(
     channels: int, *, widths: Sequence[int] = (32, 64, 128), strides: Sequence[int] = (1, 2, 2)
 ) -> nn.Sequential:
@@ -77,7 +83,7 @@ def small_convnet(
         A module ``(N, channels, H, W) -> (N, widths[-1])``.
 
     Raises:
-        ValueError: for no widths, or another number of strides.
+        ValueError: for no widths, another number of strides, or a number of channels < 1.
 
     Example:
         >>> small_convnet(1)(torch.zeros(5, 1, 8, 8)).shape
@@ -85,6 +91,7 @@ def small_convnet(
     """
     if not widths or len(widths) != len(strides):
         raise ValueError(f"`widths` and `strides` must be as many, one or more, got {widths!r} and {strides!r}")
+    _check_channels(channels=channels, widths=min(widths))
     layers: list[nn.Module] = []
     for fan_in, fan_out, stride in zip((channels, *widths), widths, strides, strict=False):
         layers += [nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
@@ -104,11 +111,16 @@ def small_resnet18(channels: int = 3, *, width: int = 64, pool: bool = False) ->
     Returns:
         A module ``(N, channels, H, W) -> (N, 8 width)``.
 
+    Raises:
+        ValueError: for a number of channels < 1.
+
     Example:
         >>> small_resnet18(width=4)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 32])
     """
     from torchvision.models.resnet import BasicBlock
+
+    _check_channels(channels=channels, width=width)
 
     def stage(fan_in: int, fan_out: int, stride: int) -> list[nn.Module]:
         shortcut = None

@@ -175,4 +175,7 @@ def test_encoders_of_images_have_the_stated_widths_and_strides():
     assert net[:-2](torch.rand(2, 3, 8, 8)).shape == (2, 8, 4, 4) and feature_size(net) == 8
     with pytest.raises(ValueError, match=r"must be as many, one or more, got \(4, 8\) and \(1,\)"):
         small_convnet(1, widths=(4, 8), strides=(1,))
+    for build in (lambda: small_resnet18(0), lambda: small_convnet(0), lambda: small_resnet18(3, width=0)):
+        with pytest.raises(ValueError, match="must be an integer >= 1, a number of channels, got 0"):
+            build()
     assert feature_size(nn.Sequential(net, projector(8, 16))) == 16

@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, median
 
 from _aninfonce import ROWS, run
+from _runs import save_run, write_all_runs, write_tables
 
 from pyro_contrastive import diagnostics
 
@@ -66,9 +66,7 @@ def main(args: argparse.Namespace) -> None:
             continue
         print(f"{number} of {len(tasks)}: {name}, seed {seed}", flush=True)
         result = run(name, seed, device=args.device, small=args.small)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(result) + "\n")
-        os.replace(temporary, path)  # a file that is there is complete
+        save_run(path, result)
 
 
 def load(folder: Path, name: str) -> list[dict]:
@@ -102,12 +100,6 @@ def table(folder: Path, rows: Iterable[str]) -> str:
     return "\n".join(parts)
 
 
-def write_table(file: Path, tables: str) -> None:
-    """Put the tables at the end of a page, below its marker; what stands above is kept."""
-    page = file.read_text() if file.exists() else ""
-    file.write_text(page.partition(MARKER)[0] + MARKER + "\n\n" + tables)
-
-
 def draw(file: Path, folder: Path, rows: Iterable[str]) -> None:
     """Learned against true precisions, the first seed of each row."""
     found = {name: load(folder, name) for name in rows}
@@ -133,8 +125,7 @@ if __name__ == "__main__":
     if arguments.figure is not None:
         draw(arguments.figure, arguments.out, arguments.rows)
     if arguments.table is not None:
-        write_table(arguments.table, table(arguments.out, arguments.rows))
-        runs = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("*.json"))]
-        arguments.table.with_suffix(".json").write_text("[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]\n")
+        write_tables(arguments.table, MARKER, table(arguments.out, arguments.rows))
+        write_all_runs(arguments.table.with_suffix(".json"), arguments.out)
     if arguments.table is None and arguments.figure is None:
         main(arguments)

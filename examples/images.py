@@ -16,7 +16,6 @@ import argparse
 import functools
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 from _options import make_parser
+from _runs import save_run, write_tables
 from torch import Tensor, nn
 
 from pyro_contrastive import diagnostics, guides, models, nets
@@ -273,9 +273,7 @@ def run(method: str, data: dict[str, Any], args: argparse.Namespace, deadline: f
         "seconds_of_scores": time.monotonic() - started,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
     }
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(done, indent=1) + "\n")
-    os.replace(temporary, file)  # a file that is there is complete
+    save_run(file, done)
     return True
 
 
@@ -352,8 +350,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     started = time.monotonic()
     if args.table is not None:
-        page = args.table.read_text() if args.table.exists() else ""
-        args.table.write_text(page.partition(MARKER)[0] + MARKER + "\n\n" + tables(args.out))
+        write_tables(args.table, MARKER, tables(args.out))
         return
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = math.inf if args.minutes is None else started + 60 * args.minutes

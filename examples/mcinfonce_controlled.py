@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
 from _controlled import ROWS, SEEDS, WORLDS, run
+from _runs import save_run, write_all_runs, write_tables
 
 COLUMNS = {
     "cosine: Pearson / Spearman / MAE": ("cosine_pearson", "cosine_spearman", "cosine_mae"),
@@ -63,9 +63,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{number} of {len(tasks)}: {name}, {world} world, seed {seed}", flush=True)
         settings = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
         result = run(name, world, seed, **settings, device=args.device, small=args.small)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, path)  # a file that is there is complete
+        save_run(path, result)
 
 
 def table(folder: Path, rows: Iterable[str]) -> str:
@@ -90,12 +88,6 @@ def table(folder: Path, rows: Iterable[str]) -> str:
     return "\n".join(parts)
 
 
-def write_table(file: Path, tables: str) -> None:
-    """Put the tables at the end of a page, below its marker; what stands above is kept."""
-    page = file.read_text() if file.exists() else ""
-    file.write_text(page.partition(MARKER)[0] + MARKER + "\n\n" + tables)
-
-
 def _mean(results: list[dict], key: str) -> str:
     values = [result[key] for result in results if result.get(key) is not None]
     if not values:
@@ -111,7 +103,5 @@ if __name__ == "__main__":
     if arguments.table is None:
         main(arguments)
     else:
-        write_table(arguments.table, table(arguments.out, arguments.rows))
-        runs = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("*.json"))]
-        lines = ",\n".join(json.dumps(run) for run in runs)
-        arguments.table.with_suffix(".json").write_text(f"[\n{lines}\n]\n")
+        write_tables(arguments.table, MARKER, table(arguments.out, arguments.rows))
+        write_all_runs(arguments.table.with_suffix(".json"), arguments.out)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from _runs import save_run
 
 from pyro_contrastive import guides, models, nets
 from pyro_contrastive.data import SphereWorld
@@ -167,9 +167,7 @@ def main(args: argparse.Namespace) -> None:
         if path.exists():
             continue
         result = race(name, args)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, path)
+        save_run(path, result)
         print(name, result["curve"][-1], flush=True)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _runs import save_run, write_all_runs, write_tables
 from torch import nn
 
 from pyro_contrastive import diagnostics, guides, models, nets
@@ -263,9 +263,7 @@ def main(args: argparse.Namespace) -> None:
             continue
         options = {"steps": args.steps, "batch_size": args.batch_size, "device": args.device}
         result = run(name, world, seed, lr=args.lr or LR[world], **options)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, path)  # a file that is there is complete
+        save_run(path, result)
         print(f"{world}, {name}, seed {seed}: {result['cpu_seconds']:.0f} CPU s", flush=True)
 
 
@@ -298,12 +296,10 @@ def _medians(results: list[dict[str, Any]], key: str) -> list[str]:
     return [f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}" for value in stacked]
 
 
-def write_tables(file: Path, folder: Path) -> None:
+def write_page(file: Path, folder: Path) -> None:
     """Put the tables at the end of a page, below its marker, and the runs into the JSON file beside it."""
-    page = file.read_text() if file.exists() else ""
-    file.write_text(page.partition(MARKER)[0] + MARKER + "\n\n" + tables(folder))
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    file.with_suffix(".json").write_text("[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]\n")
+    write_tables(file, MARKER, tables(folder))
+    write_all_runs(file.with_suffix(".json"), folder)
 
 
 if __name__ == "__main__":
@@ -311,4 +307,4 @@ if __name__ == "__main__":
     if arguments.table is None:
         main(arguments)
     else:
-        write_tables(arguments.table, arguments.out)
+        write_page(arguments.table, arguments.out)

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from _runs import save_run
+from scipy import stats
 
 from pyro_contrastive import diagnostics, guides, models, nets
 from pyro_contrastive.data import SphereWorld, ViewLoader, load_digits, shift_and_dropout
@@ -159,14 +161,12 @@ def digits(row: Row, seed: int, device: str, small: bool) -> dict[str, Any]:
         reference, clean, q = (guide.posterior(x) for x in (train, test, damaged))
         means = [directions(law) for law in (reference, clean, q)]
     correct = diagnostics.knn_correct(means[0], train_labels, means[2], labels)
-    centred = means[1] - means[1].mean(0)
-    spectrum = torch.linalg.svdvals(centred).square()
-    spectrum = spectrum / spectrum.sum()
+    spectrum = diagnostics.embedding_spectrum(means[1]).singular_values ** 2
     figures: dict[str, Any] = {
         "loss": result.history["loss"][-1],
         "knn clean": diagnostics.knn_accuracy(means[0], train_labels, means[1], labels),
         "knn damaged": float(correct.mean()),
-        "effective rank": float(torch.exp(-(spectrum * spectrum.log()).sum())),
+        "effective rank": float(np.exp(stats.entropy(spectrum))),
         "relative width": relative_width(q),
     }
     if row.method in ("SimCLR", "SupCon"):
@@ -207,7 +207,7 @@ def run(out: Path, seeds: Iterable[int], device: str, small: bool, worlds: Itera
             file = out / "rows" / f"{row.world}, {row.name}, {seed}.json".replace(", ", "-").replace(" ", "_")
             if not file.exists():
                 score = sphere if row.world == "sphere" else digits
-                file.write_text(json.dumps(score(row, seed, device, small), indent=1) + "\n")
+                save_run(file, score(row, seed, device, small))
             values = json.loads(file.read_text())
             figures |= {f"{row.world}, {row.name}, {seed}: {k}": v for k, v in values.items() if isinstance(v, float)}
     return figures

@@ -112,7 +112,7 @@ METHODS = {
     "aninfonce": Method(
         "InfoNCE with a learned precision per axis, starting at half the concentration",
         "2407.00143",
-        lambda guide, config: models.AnInfoNCE(guide, precision=(config.concentration or 10.0) / 2),
+        lambda guide, config: models.AnInfoNCE(guide, precision=config.concentration / 2),  # type: ignore[operator]
         ("delta", *STOCHASTIC),
         "any posterior or a point",
         10.0,

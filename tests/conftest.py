@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import matplotlib
@@ -17,6 +21,9 @@ from hypothesis import settings
 # Derandomised: a failure of one run is the failure of every run. No deadline: the first call may compile or warm up.
 settings.register_profile("repository", deadline=None, derandomize=True, database=None)
 settings.load_profile("repository")
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -80,3 +87,14 @@ def isolated() -> Iterator[None]:
     if changed:
         told = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
         pytest.fail(f"the test left global state changed ({told}); use a context or a local generator", pytrace=False)
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Import an example as its own directory sees it, and forget it afterwards."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == EXAMPLES:
+            del sys.modules[name]

@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture
-def example(monkeypatch):
-    """Import an example as its own directory sees it, and forget it afterwards."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == EXAMPLES:
-            del sys.modules[name]
 
 
 def test_runs_resume_and_make_a_table_and_a_picture(example, tmp_path, capsys):
@@ -46,7 +30,7 @@ def test_runs_resume_and_make_a_table_and_a_picture(example, tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("# Mine\n")
     for tables in ("first\n", "second\n"):
-        module.write_table(page, tables)
+        module.write_tables(page, module.MARKER, tables)
     assert page.read_text() == f"# Mine\n{module.MARKER}\n\nsecond\n"
     module.draw(tmp_path / "new" / "picture.png", out, rows)
     assert (tmp_path / "new" / "picture.png").read_bytes()[:4] == b"\x89PNG"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,19 +13,6 @@ from torch import nn
 
 from pyro_contrastive.data import PairWorld, SphereWorld
 from pyro_contrastive.distributions import VonMisesFisher
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture
-def example(monkeypatch):
-    """Import an example as its own directory sees it, and forget it afterwards."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == EXAMPLES:
-            del sys.modules[name]
 
 
 class Oracle(nn.Module):
@@ -121,7 +105,7 @@ def test_runs_resume_and_make_a_table(example, tmp_path, capsys, name):
     page = tmp_path / "page.md"
     page.write_text("# Mine\n")
     for tables in ("first\n", "second\n"):
-        module.write_table(page, tables)
+        module.write_tables(page, module.MARKER, tables)
     assert page.read_text() == f"# Mine\n{module.MARKER}\n\nsecond\n"
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
-from pathlib import Path
 
 import pyro
 import pyro.distributions as pyro_dist
@@ -183,16 +181,6 @@ def test_frames_show_the_position_on_a_texture_of_the_clip():
     assert len(again[0]) == 2 and all(torch.equal(a, b) for a, b in zip(*again, strict=True))
 
 
-@pytest.fixture(scope="module")
-def example():
-    """The example as a module."""
-    path = Path(__file__).parents[1] / "examples" / "moving_object.py"
-    spec = importlib.util.spec_from_file_location("example_moving_object", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_ceiling_is_what_least_squares_finds(example):
     """No map of the true positions does better; 200,000 clips put the sample's R^2 within .004 (5 standard errors)."""
     world = MovingObject(4, angle=0.5, damping=0.9)
@@ -204,15 +192,16 @@ def test_ceiling_is_what_least_squares_finds(example):
     clips = torch.stack(states, 1)
     position, velocity = clips[..., :2].flatten(1), clips[..., 2:].flatten(1)
     left = velocity - position @ torch.linalg.lstsq(position, velocity).solution
-    assert example.ceiling(world) == pytest.approx(1 - left.var(0).mean().item(), abs=0.004)
+    assert example("moving_object").ceiling(world) == pytest.approx(1 - left.var(0).mean().item(), abs=0.004)
 
 
 def test_example_runs_and_goes_on(example, tmp_path):
     args = argparse.Namespace(out=tmp_path, seed=3, device="cpu", small=True, background=0.05)
-    figures = example.main(args)
+    module = example("moving_object")
+    figures = module.main(args)
     names = {"position", "velocity"}
-    wanted = {f"{m} {n}, seed 3" for m in example.METHODS for n in names}
+    wanted = {f"{m} {n}, seed 3" for m in module.METHODS for n in names}
     wanted |= {f"dynamics in {level}, seed 3" for level in ("50%", "80%", "95%")} | {"ceiling velocity"}
     assert set(figures) == wanted and all(math.isfinite(value) for value in figures.values())
     assert (tmp_path / "moving_object.png").stat().st_size > 10_000
-    assert example.main(args) == figures  # from the checkpoints
+    assert module.main(args) == figures  # from the checkpoints

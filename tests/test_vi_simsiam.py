@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import math
 import pickle
-import sys
-from pathlib import Path
 
 import numpy as np
 import pyro
@@ -383,17 +380,8 @@ def test_symmetric_form_with_uniformity_learns_the_law_of_the_other_view():
 # --- the example ------------------------------------------------------------------------------------------------------
 
 
-def example():
-    path = Path(__file__).parents[1] / "examples" / "vi_simsiam.py"
-    spec = importlib.util.spec_from_file_location("example_vi_simsiam", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_example_runs_resumes_and_writes_its_tables(tmp_path, capsys):
-    module = example()
+def test_example_runs_resumes_and_writes_its_tables(example, tmp_path, capsys):
+    module = example("vi_simsiam")
     command = ["--small", "--rows", "simsiam", "rpm-3", "--out", str(tmp_path / "runs")]
     module.main(module.parse(command))
     files = sorted((tmp_path / "runs").glob("*.json"))
@@ -403,7 +391,7 @@ def test_example_runs_resumes_and_writes_its_tables(tmp_path, capsys):
     assert capsys.readouterr().out == ""  # nothing is fitted twice
     page = tmp_path / "page.md"
     page.write_text(f"Text.\n{module.MARKER}\nold")
-    module.write_tables(page, tmp_path / "runs")
+    module.write_page(page, tmp_path / "runs")
     text = page.read_text()
     assert text.startswith("Text.\n") and "old" not in text and "| rpm-3: d = 3, " in text
     assert len(json.loads(page.with_suffix(".json").read_text())) == 2

@@ -2,26 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
-import pytest
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture
-def example():
-    spec = importlib.util.spec_from_file_location("example_which_beta", EXAMPLES / "which_beta.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
 
 def test_small_run_and_its_tables(example, tmp_path):
+    example = example("which_beta")
     figures = example.run(tmp_path, [0], "cpu", True, ("sphere", "digits"))
     assert figures["sphere, VSimCLR, beta 0.1, kernel 8, 0: factor: power"] == 1.0
     assert 0 <= figures["digits, VSupCon, beta 0.1, 0: knn clean"] <= 1

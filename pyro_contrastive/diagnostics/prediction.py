@@ -16,6 +16,7 @@ from scipy import optimize, stats
 
 from pyro_contrastive.aggregates import law_like
 from pyro_contrastive.diagnostics._arrays import FloatArray, as_array, unit_vectors
+from pyro_contrastive.diagnostics._intervals import mean_and_error
 from pyro_contrastive.distributions import RotationallySymmetric
 
 __all__ = ["ResultantLengthCheck", "StationarityCheck", "resultant_length_check", "stationarity_check"]
@@ -203,6 +204,5 @@ def _checked(
 
 def _means(values: FloatArray, groups: list[NDArray[np.int64]], level: float) -> tuple[FloatArray, FloatArray]:
     """Mean of each group and the half width of its interval."""
-    means = np.array([values[group].mean() for group in groups])
-    errors = np.array([values[group].std(ddof=1) / np.sqrt(len(group)) for group in groups])
+    means, errors = np.array([mean_and_error(values[group]) for group in groups]).T
     return means, errors * stats.norm.ppf(0.5 + 0.5 * level)

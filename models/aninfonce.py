@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_contrastive.factors import check_recognition, emit
 from pyro_contrastive.kernels import AnisotropicKernel, moment_matched_anisotropic_pairs
 from pyro_contrastive.modules import Module
+from pyro_contrastive.ops.joint import joint_size
 from pyro_contrastive.ops.tiles import Pairs, contrast
 
 __all__ = ["AnInfoNCE", "Candidates", "check_options", "pair_log_ratio"]
@@ -238,7 +239,7 @@ def pair_log_ratio(
         ``(..., N)`` in nats, at most log n.
     """
     across = contrast(log_f(first, second), symmetric=symmetric)
-    total, size = across.row, across.row.shape[-1]
+    total, size = across.row, joint_size(across.row.shape[-1])
     if candidates != "partners":
         others = contrast(log_f(first, first), shift=-math.inf).row  # without the item itself
         total = torch.logaddexp(across.positive if candidates == "anchors" else total, others)

@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from pyro_contrastive.factors import check_recognition
 from pyro_contrastive.modules import Module
+from pyro_contrastive.ops.joint import gather, joint_offset, joint_size
 from pyro_contrastive.ops.precision import matmul
 
 __all__ = ["HedgedInstance"]
@@ -104,13 +105,14 @@ class HedgedInstance(Module):
             if self.evidence == "k_sample":
                 size = torch.Size((self.num_samples,))
                 z1, z2 = posterior1.rsample(size), posterior2.rsample(size)
-            logits = self.match_logits(z1, z2)
-            match, other = logsigmoid(logits.diagonal(dim1=-2, dim2=-1)), logsigmoid(-logits)
+            own = {"offset": joint_offset(len(x1)), "dim1": -2, "dim2": -1}
+            logits = self.match_logits(z1, gather(z2, -2, what="hedged instance embedding"))
+            match, other = logsigmoid(logits.diagonal(**own)), logsigmoid(-logits)
             if self.evidence == "k_sample":
                 match = match.logsumexp(0) - math.log(self.num_samples)
                 other = other.logsumexp(0) - math.log(self.num_samples)
-            others = other.sum(-1) - other.diagonal(dim1=-2, dim2=-1)
-            pyro.factor("match", match + others / (len(x1) - 1))
+            others = other.sum(-1) - other.diagonal(**own)
+            pyro.factor("match", match + others / (joint_size(len(x1)) - 1))
 
     def match_logits(self, z1: Tensor, z2: Tensor) -> Tensor:
         """Log odds that two latents match, for all pairs.

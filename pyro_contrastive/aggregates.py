@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .modules import Module
+from .ops.joint import current_joint, gather
 
 __all__ = ["FullData", "MemoryBank", "aggregate_log_density", "law_like", "law_parameters"]
 
@@ -76,13 +77,27 @@ def law_like(law: Any, parameters: dict[str, Tensor]) -> Any:
     return type(law)(**parameters, validate_args=False)
 
 
+def law_of_all(law: Any) -> Any:
+    """The law with the items of all processes of a joint batch, with gradient.
+
+    Args:
+        law: distribution with batch shape ``(N / R,)``, the items of this process.
+
+    Returns:
+        A law of the same family with batch shape ``(N,)``, by rank; outside a joint batch `law` itself.
+    """
+    if current_joint() is None:
+        return law
+    return law_like(law, {name: gather(value, what="a recognition law") for name, value in law_parameters(law).items()})
+
+
 class MemoryBank(Module):
     """Ring buffer of past posteriors: R(z) averages over this batch and the last `size` items before it.
 
     The parameters of past posteriors are kept detached, so gradients flow through the batch's own posteriors only, and
     they are as old as the batch they came from. Each view has its own bank. Items enter in training mode only, when
     gradients are on; a batch that comes again unchanged (sequential particles) enters once. The bank is part of the
-    ``state_dict``.
+    ``state_dict``. In a joint batch the items of all processes enter, so every process keeps the same bank.
 
     What it buys and what it costs: the batch estimate of a factor is too small, by chi^2 / 2N to leading order
     (``diagnostics.aggregate_bias``); with a bank of fresh posteriors N + `size` takes the place of N. Stale ones add a
@@ -120,8 +135,9 @@ class MemoryBank(Module):
             guide: not used.
 
         Returns:
-            A law of the same family with batch shape ``(N + items kept,)``, this batch first.
+            A law of the same family with batch shape ``(N + items kept,)``, this batch (of all processes) first.
         """
+        posterior = law_of_all(posterior)
         live = law_parameters(posterior)
         kept = {name: self._buffers.get(f"{name}_{view}") for name in live}
         past: dict[str, Tensor] = {name: old for name, old in kept.items() if old is not None}

@@ -18,9 +18,10 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
-from .aggregates import aggregate_log_density
+from .aggregates import aggregate_log_density, law_of_all
 from .distributions import VonMisesFisher
 from .kernels import PairKernel, expected_pairs
+from .ops.joint import current_joint, gather, joint_size, one_process_only
 from .ops.matching import matching_log_ratio
 from .ops.tiles import Pairs, contrast
 
@@ -67,7 +68,7 @@ def _check_square(what: str, log_ratios: Tensor | Pairs) -> None:
             f"{what} needs the grid (..., N, N) of all pairs of the batch, positives on the diagonal, "
             f"got {tuple(shape)}"
         )
-    if shape[-1] < 2:
+    if joint_size(shape[-1]) < 2:
         raise ValueError(
             f"{what} compares items of a batch and needs at least 2, got {shape[-1]}; "
             "use a larger batch (drop_last=True in a DataLoader)"
@@ -120,7 +121,7 @@ def infonce_log_ratio(
     _check_square("the InfoNCE likelihood", log_f)
     if negatives not in get_args(Negatives):
         raise ValueError(f"`negatives` must be one of {', '.join(get_args(Negatives))}, got {negatives!r}")
-    others = log_f.shape[-1] - 1
+    others = joint_size(log_f.shape[-1]) - 1
     # the weighted sum is the plain one with log(pi (N - 1) / (1 - pi)) added to the positive, up to a factor
     shift, log_count = (0.0, math.log(others + 1)) if negatives == "sum" else (math.log(others), math.log(2 * others))
     positive, total, down = contrast(log_f, symmetric=symmetric, shift=shift, tile=tile)
@@ -174,6 +175,7 @@ def matching_factor(name: str, log_ratios: Tensor) -> Tensor:
     Raises:
         ValueError: if the grid is not square, has fewer than three items, or does not fit the enclosing plate.
     """
+    one_process_only("the likelihood of the whole matching", "use log_ratio_factor (marginal='uniform'), or one process")
     return emit(name, matching_log_ratio(log_ratios))
 
 
@@ -289,9 +291,10 @@ def state_log_aggregate(laws: Categorical) -> Tensor:
         laws: categorical law with batch shape ``(N,)`` over K states.
 
     Returns:
-        ``(K,)``.
+        ``(K,)``; in a joint batch the average over the items of all processes.
     """
-    return laws.logits.logsumexp(0) - math.log(len(laws.logits))
+    sums = gather(laws.logits.logsumexp(0).unsqueeze(0), what="the average of categorical laws")
+    return sums.logsumexp(0) - math.log(joint_size(len(laws.logits)))
 
 
 def state_log_ratio(posterior: Categorical, aggregate: Categorical | None = None) -> Tensor:
@@ -312,7 +315,9 @@ def state_log_ratio(posterior: Categorical, aggregate: Categorical | None = None
         tensor([[1.5000, 0.2500],
                 [0.5000, 1.7500]])
     """
-    return posterior.logits - state_log_aggregate(posterior if aggregate is None else aggregate)
+    if aggregate is None:
+        return posterior.logits - state_log_aggregate(posterior)
+    return posterior.logits - aggregate.logits.logsumexp(0) + math.log(len(aggregate.logits))
 
 
 def recognition_factor(
@@ -364,9 +369,11 @@ def recognition_factor(
             f"factor {name!r} needs latents (..., N, d) and a posterior of batch shape (N,), got "
             f"{tuple(z.shape)} and {tuple(batch)}"
         )
+    cross = getattr(posterior, "cross_pairs", None)  # without an (N, N, d) tensor, and by tiles when N is large
+    if aggregate is None and cross is None and current_joint() is not None:
+        aggregate = law_of_all(posterior)
     if aggregate is not None:
         return emit(name, posterior.log_prob(z) - aggregate_log_density(z, aggregate))
-    cross = getattr(posterior, "cross_pairs", None)  # without an (N, N, d) tensor, and by tiles when N is large
     return log_ratio_factor(name, cross(z) if cross else posterior.log_prob(z.unsqueeze(-2)), tile=tile)
 
 
@@ -377,7 +384,7 @@ def _state_factor(name: str, z: Tensor, posterior: Categorical, aggregate: Categ
             f"factor {name!r} needs integer states (..., N) and a categorical posterior of batch shape (N,), got "
             f"{z.dtype} {tuple(z.shape)} and {tuple(batch)}; draw them from pyro.distributions.Categorical in the plate"
         )
-    if batch[0] < 2 and aggregate is None:
+    if joint_size(batch[0]) < 2 and aggregate is None:
         raise ValueError(
             f"factor {name!r} compares items of a batch and needs at least 2, got {batch[0]}; "
             "use a larger batch (drop_last=True in a DataLoader)"

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .factors import emit
 from .kernels import PairKernel
+from .ops.joint import current_joint, gather, joint_offset, joint_size, one_process_only
 from .ops.tiles import PLAIN_ELEMENTS, Pairs
 
 __all__ = ["Positives", "nt_xent_factor", "nt_xent_log_ratio"]
@@ -88,10 +89,11 @@ def nt_xent_log_ratio(
     device = log_f.device if isinstance(log_f, Tensor) else log_f.rows[0].device
     classes = _classes(labels, size // 2, device)
     if isinstance(log_f, Tensor):
+        one_process_only("a grid that one process has evaluated", "hand out Pairs (a PairKernel), or leave joint_batch")
         value = _anchors(log_f, classes, classes, 0, positives)
     else:
         value = _in_blocks(log_f, classes, positives, block)
-    return value.unflatten(-1, (2, -1)).mean(-2) + math.log(size - 1)
+    return value.unflatten(-1, (2, -1)).mean(-2) + math.log(joint_size(size) - 1)
 
 
 def nt_xent_factor(
@@ -139,11 +141,11 @@ def nt_xent_factor(
 def _classes(labels: Tensor | None, size: int, device: torch.device) -> Tensor:
     """Class of each of the 2N items, as a tensor (2N, 1)."""
     if labels is None:
-        labels = torch.arange(size, device=device)
+        labels = torch.arange(size, device=device) + joint_offset(size)
     elif not isinstance(labels, Tensor) or labels.shape != (size,) or labels.is_floating_point() or labels.is_complex():
         got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"`labels` must be a tensor of {size} integers, one per pair of views, got {got}")
-    elif is_validation_enabled() and bool((labels == labels[0]).all()):  # waits for the device
+    elif current_joint() is None and is_validation_enabled() and bool((labels == labels[0]).all()):  # waits for the device
         raise ValueError(
             f"`labels` must hold at least two classes, got {size} times {labels[0].item()!r}: nothing is left to tell "
             "the class from; shuffle the data or use a larger batch"
@@ -166,15 +168,20 @@ def _anchors(log_f: Tensor, own: Tensor, classes: Tensor, first: int, positives:
     return near - log_f.masked_fill(itself, -torch.inf).logsumexp(-1)
 
 
-def _in_blocks(pairs: Pairs, classes: Tensor, positives: Positives, block: int | None) -> Tensor:
-    """The same from an unevaluated grid: blocks of rows are evaluated, summed up, dropped, and evaluated again."""
-    size = pairs.shape[-1]
-    block = block or max(1, PLAIN_ELEMENTS // (pairs.batch.numel() * size))
+def _in_blocks(pairs: Pairs, own: Tensor, positives: Positives, block: int | None) -> Tensor:
+    """The same from an unevaluated grid: blocks of rows are evaluated, summed up, dropped, and evaluated again.
+
+    In a joint batch against the columns of all processes; the rows are those of this one.
+    """
+    what, size = "the NT-Xent likelihood", pairs.shape[-2]
+    classes, start = gather(own, what=what), joint_offset(size)
+    pairs = replace(pairs, columns=tuple(gather(t, -2, what=what) for t in pairs.columns))
+    block = block or max(1, PLAIN_ELEMENTS // (pairs.batch.numel() * pairs.shape[-1]))
 
     def rows(first: int) -> Tensor:
         part = slice(first, first + block)
         log_f = replace(pairs, rows=tuple(t[..., part, :] for t in pairs.rows)).grid()
-        return _anchors(log_f, classes[part], classes, first, positives)
+        return _anchors(log_f, own[part], classes, start + first, positives)
 
     if block >= size:
         return rows(0)

@@ -26,6 +26,7 @@ from torch.distributions import kl_divergence
 
 from .distributions.exponential import ExponentialFamily, exponential_family
 from .factors import emit, infonce_log_ratio
+from .ops.joint import joint_size
 from .ops.tiles import PLAIN_ELEMENTS, TILE, Pairs, contrast
 
 __all__ = ["fused_posterior", "interior_bound", "shared_latent_factor", "shared_latent_log_evidence"]
@@ -272,5 +273,5 @@ def interior_bound(
             tilt, numbers = nu[j].expand_as(eta), max(numbers, eta.shape[-1])
             pairs = Pairs(family.tilted, (tilt,), (eta, family.log_partition(eta).unsqueeze(-1)))
             total = total - (tilt * family.mean(q)).sum(-1)
-        total = total - contrast(pairs, tile=_side(numbers, pairs, tile)).row + math.log(pairs.shape[-1])
+        total = total - contrast(pairs, tile=_side(numbers, pairs, tile)).row + math.log(joint_size(pairs.shape[-1]))
     return total

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyro_contrastive.ops._once import once
+from pyro_contrastive.ops.joint import current_joint, one_process_only
 
 __all__ = ["PLAIN_ELEMENTS", "TILE", "Contrast", "PairFunction", "Pairs", "Tensors", "contrast"]
 
@@ -111,13 +112,15 @@ def contrast(
         symmetric: the columns as well.
         shift: added to the diagonal inside the sums (not to ``positive``): a log weight of the positive.
         tile: side of the tiles, >= 1. By default grids of up to `PLAIN_ELEMENTS` elements, all leading axes counted,
-            are computed whole, and larger ones in tiles of the side that `TILE` has for the device.
+            are computed whole, and larger ones in tiles of the side that `TILE` has for the device. In a joint batch
+            (:mod:`pyro_contrastive.ops.joint`) always tiles.
 
     Returns:
-        Values ``(..., N)``. Tiles and the whole grid agree up to rounding; by tiles they are differentiable once.
+        Values ``(..., N)``; in a joint batch for the items of this process, against those of all. Tiles and the whole grid agree up to rounding; by tiles they are differentiable once.
 
     Raises:
-        ValueError: if `tile` is not a positive integer, or is given for a grid that exists already.
+        ValueError: if `tile` is not a positive integer, or is given for a grid that exists already; in a joint batch for a
+            grid that exists already, or processes that differ in shapes or options.
     """
     if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
         raise ValueError(f"`tile` must be an integer >= 1, the side of a tile, or None (automatic), got {tile!r}")
@@ -127,15 +130,22 @@ def contrast(
                 f"`tile` is for grids that are not evaluated yet, got one of shape {tuple(pairs.shape)}; "
                 "pass Pairs, for instance kernel(z1, z2, lazy=True)"
             )
+        one_process_only(
+            "a grid that one process has evaluated",
+            "hand out Pairs (a PairKernel instead of a function, a law with cross_pairs), or leave joint_batch",
+        )
         return _contrast(pairs, shift, symmetric)
-    if tile is None and pairs.shape.numel() <= PLAIN_ELEMENTS:
+    if current_joint() is None and tile is None and pairs.shape.numel() <= PLAIN_ELEMENTS:
         return _contrast(pairs.grid(), shift, symmetric)
     side = tile or TILE.get(pairs.rows[0].device.type, 2048)
     batch = pairs.batch
     flat = [t.expand(batch + t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (*pairs.rows, *pairs.columns)]
     function = _compiled(pairs.function) if pairs.compile else pairs.function
-    plan = _Plan(function, len(pairs.rows), len(flat), side, shift, symmetric, pairs.compile)
-    positive, row, column = _Tiled.apply(plan, *flat, *pairs.shared)
+    plan = Plan(function, len(pairs.rows), len(flat), side, shift, symmetric, pairs.compile)
+    apply = _Tiled.apply
+    if current_joint() is not None:
+        from pyro_contrastive.ops.ring import around_the_ring as apply  # it is made of the parts below
+    positive, row, column = apply(plan, *flat, *pairs.shared)
     shape = pairs.shape[:-1]
     return Contrast(positive.view(shape), row.view(shape), None if column is None else column.view(shape))
 
@@ -197,7 +207,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     function: PairFunction
     rows: int  # the first tensors are rows[0..rows), columns[rows..items), shared[items..]
     items: int
@@ -210,69 +220,111 @@ class _Plan(NamedTuple):
         parts = (tuple(tensors[: self.rows]), tuple(tensors[self.rows : self.items]), tuple(tensors[self.items :]))
         return self.function(*parts)
 
-    def tiles(self, tensors: Tensors) -> Iterator[tuple[slice, slice, slice]]:
+    def tiles(self, tensors: Sequence[Tensor]) -> Iterator[tuple[slice, slice, slice]]:
         """Batch, row and column range of every tile; several small grids of a batch make one."""
         batch, size, _ = tensors[0].shape
         together = max(1, self.side**2 // min(self.side, size) ** 2)
         ranges = [slice(i, i + self.side) for i in range(0, size, self.side)]
         return itertools.product((slice(b, b + together) for b in range(0, batch, together)), ranges, ranges)
 
-    def part(self, tensors: Tensors, b: slice, i: slice, j: slice) -> list[Tensor]:
+    def part(self, tensors: Sequence[Tensor], b: slice, i: slice, j: slice) -> list[Tensor]:
         rows = [t[b, i] for t in tensors[: self.rows]]
         return [*rows, *(t[b, j] for t in tensors[self.rows : self.items]), *tensors[self.items :]]
+
+
+def add_tiles(
+    plan: Plan, tensors: Sequence[Tensor], positive: Tensor, row: Tensor, column: Tensor | None, own: bool = True
+) -> None:
+    """Add every tile to the running log-sum-exps, in place.
+
+    Args:
+        plan: what to evaluate.
+        tensors: flat rows, columns and shared ones.
+        positive: gets the diagonal.
+        row: running sums.
+        column: likewise.
+        own: whether column i is the partner of row i; else there is no diagonal.
+    """
+    summary = _compiled(_contrast) if plan.compile else _contrast
+    with torch.autocast(positive.device.type, enabled=False):
+        for b, i, j in plan.tiles(tensors):
+            tile, partners = plan.evaluate(plan.part(tensors, b, i, j)), own and i == j
+            diagonal, across, down = summary(tile, plan.shift if partners else 0.0, plan.symmetric)
+            row[b, i] = torch.logaddexp(row[b, i], across)
+            if column is not None and down is not None:
+                column[b, j] = torch.logaddexp(column[b, j], down)
+            if partners:
+                positive[b, i] = diagonal
+
+
+def add_tile_gradients(
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    totals: Mapping[int, Tensor],
+    own: bool = True,
+) -> None:
+    """Add the gradients of every tile to `totals`, in place.
+
+    Args:
+        plan: what to evaluate.
+        tensors: flat rows, columns and shared ones.
+        sums: log-sum-exps of the rows and, if symmetric, of the columns.
+        grads: incoming gradients of diagonal, rows and columns.
+        totals: where to, by position in `tensors`; the others need no gradient.
+        own: whether column i is the partner of row i.
+    """
+    softmax_weights = _compiled(_softmax_weights) if plan.compile else _softmax_weights
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        for b, i, j in plan.tiles(tensors):
+            inputs = [t.detach() for t in plan.part(tensors, b, i, j)]
+            wanted = [inputs[k].requires_grad_() for k in totals]
+            with torch.enable_grad():
+                tile = plan.evaluate(inputs)
+            if not tile.requires_grad:
+                continue
+            with torch.no_grad():
+                around = [sums[0][b, i].unsqueeze(-1), grads[1][b, i].unsqueeze(-1)]
+                if plan.symmetric:
+                    around += [sums[1][b, j].unsqueeze(-2), grads[2][b, j].unsqueeze(-2)]
+                partners = own and i == j
+                weight = softmax_weights(tile.detach(), plan.shift if partners else 0.0, *around)
+                if partners:
+                    weight.diagonal(dim1=-2, dim2=-1).add_(grads[0][b, i])
+            parts = torch.autograd.grad(tile, wanted, weight, allow_unused=True)
+            for k, part in zip(totals, parts, strict=True):
+                if part is not None:
+                    where = () if k >= plan.items else (b, i) if k < plan.rows else (b, j)
+                    totals[k][where] += part
+
+
+def once_each(tensors: Sequence[Tensor], grads: Sequence[Tensor], totals: Mapping[int, Tensor]) -> list[Tensor | None]:
+    """The gradients by position, marked as differentiable once."""
+    name = "a contrastive likelihood by tiles (grids of up to PLAIN_ELEMENTS elements are computed whole)"
+    reached = (*tensors, *(g for g in grads if g is not None))
+    return [once(name, totals[k], *reached) if k in totals else None for k in range(len(tensors))]
 
 
 class _Tiled(torch.autograd.Function):
     """(positive, row, column) of the grid that flat tensors (B, N, k) and shared ones span."""
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        summary = _compiled(_contrast) if plan.compile else _contrast
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         positive = tensors[0].new_empty(tensors[0].shape[:2])
         row = torch.full_like(positive, -torch.inf)
         column = row.clone() if plan.symmetric else None
-        with torch.autocast(positive.device.type, enabled=False):
-            for b, i, j in plan.tiles(tensors):
-                tile = plan.evaluate(plan.part(tensors, b, i, j))
-                diagonal, across, down = summary(tile, plan.shift if i == j else 0.0, plan.symmetric)
-                row[b, i] = torch.logaddexp(row[b, i], across)
-                if column is not None and down is not None:
-                    column[b, j] = torch.logaddexp(column[b, j], down)
-                if i == j:
-                    positive[b, i] = diagonal
+        add_tiles(plan, tensors, positive, row, column)
         ctx.plan = plan
         ctx.save_for_backward(*tensors, row, *([] if column is None else [column]))
         return positive, row, column
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        plan: _Plan = ctx.plan
+        plan: Plan = ctx.plan
         saved = ctx.saved_tensors  # once: under activation checkpointing it can be read only once
         split = len(saved) - 1 - plan.symmetric
         tensors, sums = saved[:split], saved[split:]
-        needed = [k for k in range(split) if ctx.needs_input_grad[1 + k]]
-        totals = {k: torch.zeros_like(tensors[k]) for k in needed}
-        softmax_weights = _compiled(_softmax_weights) if plan.compile else _softmax_weights
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            for b, i, j in plan.tiles(tensors):
-                inputs = [t.detach() for t in plan.part(tensors, b, i, j)]
-                wanted = [inputs[k].requires_grad_() for k in needed]
-                with torch.enable_grad():
-                    tile = plan.evaluate(inputs)
-                if not tile.requires_grad:
-                    continue
-                with torch.no_grad():
-                    around = [sums[0][b, i].unsqueeze(-1), grads[1][b, i].unsqueeze(-1)]
-                    if plan.symmetric:
-                        around += [sums[1][b, j].unsqueeze(-2), grads[2][b, j].unsqueeze(-2)]
-                    weight = softmax_weights(tile.detach(), plan.shift if i == j else 0.0, *around)
-                    if i == j:
-                        weight.diagonal(dim1=-2, dim2=-1).add_(grads[0][b, i])
-                parts = torch.autograd.grad(tile, wanted, weight, allow_unused=True)
-                for k, part in zip(needed, parts, strict=True):
-                    if part is not None:
-                        where = () if k >= plan.items else (b, i) if k < plan.rows else (b, j)
-                        totals[k][where] += part
-        name = "a contrastive likelihood by tiles (grids of up to PLAIN_ELEMENTS elements are computed whole)"
-        reached = (*tensors, *(g for g in grads if g is not None))
-        return None, *(once(name, totals[k], *reached) if k in totals else None for k in range(split))
+        totals = {k: torch.zeros_like(tensors[k]) for k in range(split) if ctx.needs_input_grad[1 + k]}
+        add_tile_gradients(plan, tensors, sums, grads, totals)
+        return None, *once_each(tensors, grads, totals)

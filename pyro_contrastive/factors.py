@@ -175,7 +175,9 @@ def matching_factor(name: str, log_ratios: Tensor) -> Tensor:
     Raises:
         ValueError: if the grid is not square, has fewer than three items, or does not fit the enclosing plate.
     """
-    one_process_only("the likelihood of the whole matching", "use log_ratio_factor (marginal='uniform'), or one process")
+    one_process_only(
+        "the likelihood of the whole matching", "use log_ratio_factor (marginal='uniform'), or one process"
+    )
     return emit(name, matching_log_ratio(log_ratios))
 
 

@@ -145,7 +145,9 @@ def _classes(labels: Tensor | None, size: int, device: torch.device) -> Tensor:
     elif not isinstance(labels, Tensor) or labels.shape != (size,) or labels.is_floating_point() or labels.is_complex():
         got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"`labels` must be a tensor of {size} integers, one per pair of views, got {got}")
-    elif current_joint() is None and is_validation_enabled() and bool((labels == labels[0]).all()):  # waits for the device
+    elif (
+        current_joint() is None and is_validation_enabled() and bool((labels == labels[0]).all())
+    ):  # waits for the device
         raise ValueError(
             f"`labels` must hold at least two classes, got {size} times {labels[0].item()!r}: nothing is left to tell "
             "the class from; shuffle the data or use a larger batch"

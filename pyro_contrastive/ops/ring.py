@@ -1,10 +1,10 @@
 """The grid of all pairs of a batch that is spread over processes: row items stay, column items travel round a ring.
 
 Each of R processes holds the rows and the columns of its N / R items. In R steps every block of columns visits every
-process, which adds the tiles of its own rows; the next block is under way while the present one is computed. Log-sum-exps
-of the columns travel with their block and come home with the last step. Backward the columns go round once more, with
-their log-sum-exps and incoming gradients, and their own gradient behind them. A process never holds more than two
-blocks of columns and one tile.
+process, which adds the tiles of its own rows; the next block is under way while the present one is computed. The
+log-sum-exps of the columns travel with their block and come home with the last step. Backward, the columns go round
+once more, with their log-sum-exps and incoming gradients, and their own gradient behind them. A process never holds
+more than two blocks of columns and one tile.
 """
 
 from __future__ import annotations

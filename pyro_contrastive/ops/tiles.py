@@ -116,12 +116,12 @@ def contrast(
             (:mod:`pyro_contrastive.ops.joint`) always tiles.
 
     Returns:
-        Values ``(..., N)``; in a joint batch those of this process's items, against the items of all. Tiles and the whole
-        grid agree up to rounding; by tiles they are differentiable once.
+        Values ``(..., N)``; in a joint batch those of this process's items, against those of all. Tiles and the
+        whole grid agree up to rounding; by tiles they are differentiable once.
 
     Raises:
-        ValueError: if `tile` is not a positive integer, or is given for a grid that exists already; in a joint batch for
-            such a grid anyway, and for processes that differ in shapes or options.
+        ValueError: if `tile` is not a positive integer, or is given for a grid that exists already; in a joint batch
+            for such a grid anyway, and for processes that differ in shapes or options.
     """
     if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
         raise ValueError(f"`tile` must be an integer >= 1, the side of a tile, or None (automatic), got {tile!r}")

@@ -37,17 +37,28 @@ LAYERS = {
     "checkpoint": 6,
     "_fit_state": 6,
     "fit": 7,
+    "_embedding_parts": 0,
     "data": 8,
     "diagnostics": 9,
+    "embedding": 10,
     "registry": 10,
     "cli": 11,
     "__main__": 12,
 }
 METHODS = {"models", "guides"}
 JOINS_METHODS = {"registry", "cli", "__main__"}  # the only parts that know both a method and the core
-LATE = {"torchvision", "sklearn", "matplotlib", "arviz", "xarray", "faiss"}  # slow to import: inside functions only
+LATE = {
+    "torchvision",
+    "sklearn",
+    "matplotlib",
+    "arviz",
+    "xarray",
+    "faiss",
+    "pyarrow",
+}  # slow to import: inside functions only
 EXTRAS = {
     "faiss": ("retrieval", "faiss-cpu"),
+    "pyarrow": ("parquet", "pyarrow"),
     "zarr": ("zarr", "zarr"),
 }  # modules that only an extra installs, and their distributions
 MAX_LINES = 420

@@ -7,6 +7,7 @@ from .augment import crop_and_rotate, crop_flip_jitter, crop_ladder, shift_and_f
 from .cifar10h import Cifar10H, Fold, SoftLabelPairs, five_folds, load_cifar10h, sample_partners
 from .corruptions import CORRUPTIONS, NUM_SEVERITIES, degrade
 from .digits import corrupt, load_digits, shift_and_dropout
+from .folder import FolderImages
 from .images import IMAGE_SETS, load_images
 from .moving_object import MovingObject, Video
 from .nonuniform_world import AcceptanceWorld
@@ -21,6 +22,7 @@ __all__ = [
     "CORRUPTIONS",
     "Cifar10H",
     "Fold",
+    "FolderImages",
     "IMAGE_SETS",
     "MovingObject",
     "NUM_SEVERITIES",

@@ -69,12 +69,13 @@ def read_part(path: Path) -> dict[str, np.ndarray]:
         import xarray
 
         with xarray.open_zarr(path, chunks=None, consolidated=False) as data:
-            return {name: _plain(variable.values) for name, variable in data.load().data_vars.items()}
+            data = data.load()
+            return {str(name): _plain(data[name].values) for name in sorted(data.data_vars, key=_order)}
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(path)
     made = {}
-    for name in table.column_names:
+    for name in sorted(table.column_names, key=_order):
         column = table.column(name).combine_chunks()
         shape = [len(column)]
         while hasattr(column.type, "list_size"):
@@ -82,6 +83,10 @@ def read_part(path: Path) -> dict[str, np.ndarray]:
             column = column.flatten()
         made[name] = _plain(column.to_numpy(zero_copy_only=False).reshape(shape))
     return made
+
+
+def _order(name: Any) -> tuple[bool, str]:
+    return name != "id", str(name)
 
 
 def _plain(values: np.ndarray) -> np.ndarray:

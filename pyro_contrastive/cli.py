@@ -1,4 +1,4 @@
-"""The command ``pyro-contrastive``: fit, report, list, demo."""
+"""The command ``pyro-contrastive``: fit, report, embed, list, demo."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ EXAMPLES = """examples:
   pyro-contrastive report runs/sphere
       fit and judge one method; the same `fit` again goes on where it stopped
   pyro-contrastive fit --method rpm --data digits --dim 8 --steps 3000 --out runs/rpm
+  pyro-contrastive embed runs/digits FOLDER --out embeddings --format parquet
+      posteriors of all images below a folder; the same again goes on where it stopped
   pyro-contrastive list
       what can be chosen
 
@@ -111,6 +113,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     _common(sub)
     sub.set_defaults(command=_report)
+
+    sub = commands.add_parser("embed", help="write the posterior of every image below a folder to the disk")
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run on images")
+    sub.add_argument("folder", type=Path, metavar="FOLDER", help="folder of images, with all folders below it")
+    sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the parts go, made when missing")
+    sub.add_argument("--format", choices=("zarr", "parquet"), default="zarr", help="default: %(default)s")
+    sub.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: %(default)s)")
+    sub.add_argument(
+        "--part-items", type=int, default=65_536, metavar="N", help="images per part (default: %(default)s)"
+    )
+    sub.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    sub.add_argument("--skip-unreadable", action="store_true", help="go on after an unreadable image, and list it")
+    _common(sub)
+    sub.set_defaults(command=_embed)
 
     sub = commands.add_parser("list", help="list methods, guides, data and evidences, with papers")
     sub.set_defaults(command=_list)
@@ -243,6 +259,39 @@ def _report(args: argparse.Namespace) -> int:
         )
     failed = any(section.status == "fail" for section in sections)
     return FAILED if failed and getattr(args, "strict", False) else OK
+
+
+def _embed(args: argparse.Namespace) -> int:
+    from pyro_contrastive.embedding import embed
+
+    run = _load(args.run, _device(args.device))
+    try:
+        batches = run.images(
+            args.folder,
+            batch_size=args.batch_size,
+            num_workers=args.workers,
+            unreadable="skip" if args.skip_unreadable else "raise",
+        )
+        made = embed(
+            run.guide,
+            batches,
+            args.out,
+            format=args.format,
+            part_items=args.part_items,
+            config={
+                "run": str(args.run.resolve()),
+                "folder": str(args.folder.resolve()),
+                "batch_size": args.batch_size,
+            },
+            progress=not args.quiet,
+        )
+    except (ValueError, ImportError) as error:
+        raise UsageError(error) from error
+    if not args.quiet:
+        print(f"wrote {made.items} posteriors to {args.out} in {len(made.parts)} parts")
+        for name in made.skipped:
+            print(f"not readable, left out: {name}", file=sys.stderr)
+    return OK
 
 
 def _table(sections: Sequence[Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pyro_contrastive import guides, models, nets
-from pyro_contrastive.data import SphereWorld, ViewLoader, corrupt, load_digits, shift_and_dropout
+from pyro_contrastive.data import FolderImages, SphereWorld, ViewLoader, corrupt, load_digits, shift_and_dropout
 from pyro_contrastive.ops.random import seeded
 
 __all__ = ["DATA", "EVIDENCES", "GUIDES", "METHODS", "Method", "Run", "RunConfig"]
@@ -306,6 +306,25 @@ class Run:
         images, _ = load_digits("train")
         loader = ViewLoader(images, shift_and_dropout, batch_size=self.config.batch_size, seed=self.config.seed)
         return loader.to(device)
+
+    def images(self, folder: str | Path, **options: Any) -> FolderImages:
+        """Give the images below a folder as this run's encoder takes them.
+
+        Args:
+            folder: Searched with all folders below it.
+            **options: Of :class:`~pyro_contrastive.data.FolderImages`.
+
+        Returns:
+            Batches ``(ids, images)``.
+
+        Raises:
+            ValueError: For a run on data that are no images.
+        """
+        if self.config.data != "digits":
+            raise ValueError(
+                f"a run on {self.config.data!r} takes no images; fit one on digits, or use embedding.embed"
+            )
+        return FolderImages(folder, size=8, channels=1, transform=lambda pixels: pixels / 255.0, **options)
 
     def report(self, out: str | Path, *, level: float = 0.01) -> Any:
         """Evaluate on fresh or held-out data, judge, and write pictures and ``posterior.nc``.

@@ -274,8 +274,8 @@ def _from(batches: Iterable[Any], journal: _Journal) -> Iterator[Any]:
         last = _ids(entry[0], len(entry[1]))[-1:] if len(entry[1]) else last
     if done and last is not None and str(last[0]) != journal.parts[-1]["last"]:
         raise ValueError(
-            f"`batches` must come in the order in which they were embedded; item {journal.items - 1} is now {last[0]}, in "
-            f"{journal.folder}: {journal.parts[-1]['last']}; do not shuffle, or choose another `out`"
+            f"`batches` must come in the order in which they were embedded; item {journal.items - 1} is now {last[0]}, "
+            f"in {journal.folder}: {journal.parts[-1]['last']}; do not shuffle, or choose another `out`"
         )
     yield from iterator
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, Subset
 
-from pyro_contrastive.ops.joint import Joint, current_joint, gather, joint_batch, joint_size
+from pyro_contrastive.ops.joint import Joint, current_joint, gather, joint_batch
 
 __all__ = [
     "BatchShare",
@@ -187,10 +187,11 @@ def any_process(flag: bool, group: Any = None) -> bool:
 
 
 def synchronise_batch_norm(module: T) -> T:
-    """Let batch norms take mean and variance over the joint batch, on any device.
+    """Let batch norms take mean and variance over the batches of all processes, on any device.
 
-    ``nn.SyncBatchNorm`` runs on CUDA only. Inside :func:`joint_batch` and in training mode these average over all
-    processes, with gradient; elsewhere they are what they were. Parameters, buffers and hooks stay the same objects.
+    ``nn.SyncBatchNorm`` runs on CUDA only. In training mode these average over all processes, with gradient, inside
+    :func:`joint_batch` or not (an activation checkpoint runs them again in the backward pass); in eval mode, and with
+    one process, they are what they were. Parameters, buffers and hooks stay the same objects.
 
     Args:
         module: Changed in place, all parts of it.
@@ -221,7 +222,7 @@ def synchronise_batch_norm(module: T) -> T:
 
 
 class JointBatchNorm(_BatchNorm):
-    """Batch norm over the joint batch; made by :func:`synchronise_batch_norm`."""
+    """Batch norm over the batches of all processes; made by :func:`synchronise_batch_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Standardise.
@@ -230,15 +231,16 @@ class JointBatchNorm(_BatchNorm):
             input: ``(N, C, ...)``.
         """
         statistics_of_batch = self.training or self.running_mean is None
-        if current_joint() is None or not statistics_of_batch:
+        if process_rank()[1] == 1 or not statistics_of_batch:
             return super().forward(input)
+        joint = current_joint() or Joint(_world(None))
         axes, along = [0, *range(2, input.dim())], (1, -1, *[1] * (input.dim() - 2))
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         what = f"batch norm over {len(x)} items of each process"
-        mean = gather(x.mean(axes).unsqueeze(0), what=what).mean(0)
+        mean = joint.gather(x.mean(axes).unsqueeze(0), what=what).mean(0)
         centred = x - mean.view(along)
-        variance = gather(centred.square().mean(axes).unsqueeze(0), what=what).mean(0)
-        self._track(mean.detach(), variance.detach(), joint_size(x.numel() // x.shape[1]))
+        variance = joint.gather(centred.square().mean(axes).unsqueeze(0), what=what).mean(0)
+        self._track(mean.detach(), variance.detach(), joint.ranks * (x.numel() // x.shape[1]))
         x = centred * torch.rsqrt(variance + self.eps).view(along)
         if self.affine:
             x = x * self.weight.view(along) + self.bias.view(along)

@@ -8,16 +8,18 @@ processes are there.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 __all__ = ["Joint", "current_joint", "gather", "joint_batch", "joint_offset", "joint_size", "one_process_only"]
+
+T = TypeVar("T")
 
 
 class Joint:
@@ -74,6 +76,31 @@ class Joint:
         found = torch.tensor([int(flag)])
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self._talk)
         return bool(found)
+
+    def gather(self, tensor: Tensor, dim: int = 0, *, what: str = "gather") -> Tensor:
+        """See :func:`gather`."""
+        shape = list(tensor.shape)
+        items = shape.pop(dim)
+        self.agree(what, items, shape, tensor.dtype, tensor.requires_grad and torch.is_grad_enabled())
+        return torch.cat(_Gather.apply(self, tensor).unbind(0), dim)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, on every process; an error it meets is raised on all of them.
+
+        Args:
+            make: Called on the first process only; what it returns is pickled.
+        """
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = make()
+            except Exception as error:  # raised below, on this process too
+                box[1] = error
+        source = torch.distributed.get_global_rank(self._talk, 0)
+        torch.distributed.broadcast_object_list(box, source, group=self._talk, device=torch.device("cpu"))
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
 
     def pass_on(self, tensors: Sequence[Tensor], tag: int = 0) -> Passing:
         """Start to send tensors to the next process of the ring, and to receive their like from the one before.
@@ -216,12 +243,7 @@ def gather(tensor: Tensor, dim: int = 0, *, what: str = "gather") -> Tensor:
         ValueError: If shapes, dtypes or ``requires_grad`` differ between processes.
     """
     joint = _JOINT.get()
-    if joint is None:
-        return tensor
-    shape = list(tensor.shape)
-    items = shape.pop(dim)
-    joint.agree(what, items, shape, tensor.dtype, tensor.requires_grad and torch.is_grad_enabled())
-    return torch.cat(_Gather.apply(joint, tensor).unbind(0), dim)
+    return tensor if joint is None else joint.gather(tensor, dim, what=what)
 
 
 class _Gather(torch.autograd.Function):

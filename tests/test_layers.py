@@ -29,6 +29,7 @@ LAYERS = {
     "positives": 4,
     "priors": 4,
     "shared_latent": 4,
+    "encoding": 5,
     "nets": 5,
     "schedules": 5,
     "models": 6,

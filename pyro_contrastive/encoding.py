@@ -115,7 +115,8 @@ def _with_buffers(encoder: nn.Module, buffers: list[dict[str, Tensor | None]]) -
 @torch.no_grad()
 def _shape_lazy_parameters(encoder: nn.Module, x: Tensor) -> None:
     """Let the first item shape what has no shape yet; in eval mode, so that no statistics change."""
-    if not any(is_lazy(value) for part in encoder.modules() for value in (*part._parameters.values(), *part._buffers.values())):
+    tensors = [value for part in encoder.modules() for value in (*part._parameters.values(), *part._buffers.values())]
+    if not any(is_lazy(value) for value in tensors if value is not None):
         return
     modes = {part: part.training for part in encoder.modules()}
     encoder.eval()

@@ -35,13 +35,19 @@ LAYERS = {
     "models": 6,
     "guides": 6,  # never from models, nor models from guides: a model is handed its recognition module
     "checkpoint": 6,
+    "trackers": 6,
+    "validation": 6,
     "_fit_state": 6,
-    "fit": 7,
-    "data": 8,
-    "diagnostics": 9,
-    "registry": 10,
-    "cli": 11,
-    "__main__": 12,
+    "_fit_data": 7,
+    "_fit_step": 7,
+    "_fit_settings": 7,
+    "_fit_problem": 8,
+    "fit": 9,
+    "data": 10,
+    "diagnostics": 11,
+    "registry": 12,
+    "cli": 13,
+    "__main__": 14,
 }
 METHODS = {"models", "guides"}
 JOINS_METHODS = {"registry", "cli", "__main__"}  # the only parts that know both a method and the core

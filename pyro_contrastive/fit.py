@@ -297,9 +297,9 @@ def fit(
                         raise KeyboardInterrupt
                     if row:
                         good = state.copy()
-                    if time.monotonic() - written > checkpoint_seconds:
-                        save(good)
-                        written = time.monotonic()
+                        if time.monotonic() - written > checkpoint_seconds:
+                            save(good)
+                            written = time.monotonic()
         except KeyboardInterrupt:
             status, message = "interrupted", f"interrupted after step {state.step} of {total}"
         finally:

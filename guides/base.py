@@ -12,6 +12,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pyro_contrastive.encoding import Precision, encode
 from pyro_contrastive.modules import Module
 from pyro_contrastive.nets import feature_size
 
@@ -108,12 +109,21 @@ class RecognitionGuide(Module):
             parameters). Features behind a rectifier are all positive, so without it all directions start near one
             another, and from d = 32 on a fit may never get them apart. Needs two items or more in training mode.
 
+    Attributes:
+        chunk_size: items that the encoder sees at a time, None (default) for all of a batch. The features are then
+            standardised, and the loss is taken, over the whole batch, with the memory of one chunk; see
+            :func:`~pyro_contrastive.encoding.encode`.
+        precision: of the encoder, ``"float32"`` (default), ``"bfloat16"`` or ``"float16"``; everything behind it stays
+            in float32. ``fit(..., chunk_size=..., precision=...)`` sets both for one run.
+
     Raises:
         TypeError: for an encoder that is not a module.
         ValueError: for ``dim`` < 2, or a width that cannot be read off or is < 1.
     """
 
     _least_dim: ClassVar[int] = 2
+    chunk_size: int | None = None
+    precision: Precision = "float32"
 
     def __init__(self, encoder: nn.Module, dim: int, *, features: int | None = None, batch_norm: bool = True) -> None:
         super().__init__()
@@ -137,7 +147,7 @@ class RecognitionGuide(Module):
         raise NotImplementedError
 
     def _encode(self, x: Tensor) -> Tensor:
-        features = self.encoder(x)
+        features = encode(self.encoder, x, chunk_size=self.chunk_size, precision=self.precision)
         if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[-1] != self.features:
             if not isinstance(features, Tensor):
                 got, way_out = type(features).__name__, "wrap it in a module that returns the features only"

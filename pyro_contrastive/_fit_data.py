@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import chain
 from typing import Any
 
@@ -81,17 +81,20 @@ def peek(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     return first, chain([first], iterator) if one_shot else data
 
 
-def stream(data: Iterable[Any], state: FitState) -> Iterator[Any]:
+def stream(data: Iterable[Any], state: FitState, begin: Callable[[int], None] | None = None) -> Iterator[Any]:
     """Give batches without end, from where ``state`` stands; a pass begun before is replayed with its random state.
 
     Args:
         data: The batches of one pass.
         state: Its position is read at the start of each pass, and moved on at the end.
+        begin: Called with the number of each pass, before it.
 
     Raises:
         ValueError: If a pass is empty.
     """
     while True:
+        if begin is not None and not state.batch:
+            begin(state.epoch)
         skip, now = state.batch, get_random_state(state.device)
         if skip:
             set_random_state(state.epoch_random_state, state.device)

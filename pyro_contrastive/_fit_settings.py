@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyro_contrastive.distributed import process_rank
 from pyro_contrastive.encoding import check_encoding
 from pyro_contrastive.schedules import SCHEDULES
 from pyro_contrastive.trackers import Tracker
@@ -24,7 +25,8 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     """Turn a name into a device.
 
     Args:
-        device: ``"auto"`` (CUDA when there is one, else the CPU) or anything ``torch.device`` takes.
+        device: ``"auto"`` (CUDA when there is one, else the CPU; under ``torchrun`` the GPU of this process) or
+            anything ``torch.device`` takes.
 
     Returns:
         The device.
@@ -32,6 +34,9 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     Raises:
         ValueError: If the name is unknown, or CUDA is asked for and there is none.
     """
+    if device == "auto":
+        several = process_rank()[1] > 1 and torch.cuda.is_available()
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if several else "auto"
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

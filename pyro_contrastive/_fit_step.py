@@ -14,6 +14,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_contrastive._fit_processes import Processes
 from pyro_contrastive._fit_state import FitState
 from pyro_contrastive.ops.random import get_random_state
 
@@ -90,6 +91,7 @@ class GradientStep:
         state: Of the fit; is asked whether it is finite.
         clip_norm: Largest norm of the gradient, or None.
         late: See above; by default what suits the device.
+        processes: That make the step together. Default: those there are.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class GradientStep:
         *,
         clip_norm: float | None = None,
         late: bool | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.objective = objective
         self.num_particles = num_particles
@@ -109,6 +112,7 @@ class GradientStep:
         self.parameters = parameters
         self.state = state
         self.clip_norm = clip_norm
+        self.processes = Processes(0, state.device) if processes is None else processes
         self.late = state.device.type != "cpu" if late is None else late
         self._attempts: deque[Attempt] = deque(maxlen=2)
         self._unseen: tuple[Attempt, Tensor] | None = None
@@ -120,36 +124,38 @@ class GradientStep:
             views: The batch, on the device.
 
         Returns:
-            The loss and its parts in nats per pair, scalar tensors on the device.
+            The loss and its parts in nats per pair, of all processes, scalar tensors on the device.
 
         Raises:
             Breakdown: If the loss is not finite, or something failed for parameters that are not.
         """
+        self.processes.seed_step(self.state.step + 1)
         attempt = Attempt(self.state.step + 1, views, get_random_state(self.state.device))
         self._attempts.append(attempt)
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            with FactorRecorder() as recorder:
-                loss = self.objective(*views) / len(views[0])
+            size = self.processes.size(len(views[0]))
+            with self.processes.batch(), FactorRecorder() as recorder:
+                loss = self.objective(*views) / size
+            scale = 1.0 / (size * self.num_particles)
+            parts = {name: value * scale for name, value in recorder.sums.items()}
+            values = self.processes.total({"loss": loss.detach(), **parts})
             if not self.late:
-                self._look(attempt, loss)
+                self._look(attempt, values["loss"])
             self._backward(loss)
         except (ValueError, RuntimeError) as error:  # NaN parameters may be refused by a distribution
             if self.state.is_finite():
                 raise
             reason = f"{type(error).__name__} in step {attempt.step}: {str(error).splitlines()[0]}"
             raise Breakdown(reason, attempt, exact=not self.late) from error
-        # The gradients are complete here: whoever sums them over processes does it now.
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self._update()
-        loss = loss.detach()
         if self.late:
             self._look_late()
-            self._unseen = attempt, loss
-        scale = 1.0 / (len(views[0]) * self.num_particles)
-        factors = {name: value * scale for name, value in recorder.sums.items()}
-        return {"loss": loss, **factors, "latents": -loss - sum(factors.values())}
+            self._unseen = attempt, values["loss"]
+        factors = sum(value for name, value in values.items() if name != "loss")
+        return {**values, "latents": -values["loss"] - factors}
 
     def check(self) -> None:
         """See that the last loss, and all weights after it, are finite. Waits for the device.
@@ -177,10 +183,9 @@ class GradientStep:
 
     def _backward(self, loss: Tensor) -> None:
         scaler = self.state.scaler
-        if scaler is None:
-            loss.backward()
-        else:
-            scaler.scale(loss).backward()
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        self.processes.sum_gradients(self.parameters)
+        if scaler is not None:
             scaler.unscale_(self.optimizer)
 
     def _update(self) -> None:

@@ -17,6 +17,7 @@ import torch
 from pyro_contrastive import __version__
 from pyro_contrastive._fit_settings import check_precision
 from pyro_contrastive.checkpoint import CheckpointError, fitted_weights, load_checkpoint
+from pyro_contrastive.distributed import BatchShare, process_group, process_rank
 from pyro_contrastive.encoding import Precision, check_encoding
 from pyro_contrastive.fit import fit, pick_device
 from pyro_contrastive.registry import DATA, EVIDENCES, GUIDES, METHODS, Run, RunConfig
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:  # argparse has printed help or the reason
         return error.code if isinstance(error.code, int) else USAGE
     try:
-        return args.command(args)
+        with process_group():
+            return args.command(args)
     except UsageError as error:
         print(f"pyro-contrastive {args.name}: error: {error}", file=sys.stderr)
         return USAGE
@@ -186,7 +188,7 @@ def _fit(args: argparse.Namespace) -> int:
         raise UsageError(error) from error
     options = {"chunk_size": args.chunk_size, "deterministic": args.deterministic}
     code = _train(config, args.out, _device(args.device), resume=args.resume, quiet=args.quiet, **options)
-    if code == OK and not args.quiet:
+    if code == OK and not args.quiet and process_rank()[0] == 0:
         print(f"wrote {args.out}/checkpoint.pt; judge it with: pyro-contrastive report {args.out}")
     return code
 
@@ -206,10 +208,12 @@ def _train(
         check_encoding(options.get("chunk_size"), config.precision)
         check_precision(config.precision, device)
         batches, validation = run.batches(device), run.validation(device)
+        batches = BatchShare(batches) if process_rank()[1] > 1 else batches
     except ValueError as error:
         raise UsageError(error) from error
     assert config.lr is not None
-    if not (resume and (out / "checkpoint.pt").exists()):
+    first = process_rank()[0] == 0
+    if first and not (resume and (out / "checkpoint.pt").exists()):
         config.save(out)
     result = fit(
         run.model,
@@ -229,7 +233,8 @@ def _train(
         **options,
     )
     history = {name: [_plain(value) for value in column] for name, column in result.history.items()}
-    (out / "history.json").write_text(json.dumps(history) + "\n")
+    if first:
+        (out / "history.json").write_text(json.dumps(history) + "\n")
     if result.status != "done":
         print(f"pyro-contrastive: {label}: {result.message}", file=sys.stderr)
         return FAILED
@@ -314,7 +319,7 @@ def _embed(args: argparse.Namespace) -> int:
         )
     except (ValueError, ImportError) as error:
         raise UsageError(error) from error
-    if not args.quiet:
+    if not args.quiet and process_rank()[0] == 0:
         print(f"wrote {made.items} posteriors to {args.out} in {len(made.parts)} parts")
         for name in made.skipped:
             print(f"not readable, left out: {name}", file=sys.stderr)

@@ -6,7 +6,9 @@ own calls around it; :func:`pyro_contrastive.fit.fit` does all of it by itself o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +24,7 @@ __all__ = [
     "broadcast",
     "gather",
     "joint_batch",
+    "process_group",
     "process_rank",
     "shard",
     "sum_gradients",
@@ -48,6 +51,26 @@ def process_rank(group: Any = None) -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Under ``torchrun`` join its processes, and leave them at the end; without it do nothing.
+
+    On CUDA each process gets the GPU of its local rank and they talk by NCCL, else by gloo.
+    """
+    dist = torch.distributed
+    if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def shard(items: Any, group: Any = None) -> Any:
@@ -236,10 +259,9 @@ class JointBatchNorm(_BatchNorm):
         joint = current_joint() or Joint(_world(None))
         axes, along = [0, *range(2, input.dim())], (1, -1, *[1] * (input.dim() - 2))
         x = input.to(torch.promote_types(input.dtype, torch.float32))
-        what = f"batch norm over {len(x)} items of each process"
-        mean = joint.gather(x.mean(axes).unsqueeze(0), what=what).mean(0)
+        mean = joint.gather(x.mean(axes).unsqueeze(0), what=None).mean(0)
         centred = x - mean.view(along)
-        variance = joint.gather(centred.square().mean(axes).unsqueeze(0), what=what).mean(0)
+        variance = joint.gather(centred.square().mean(axes).unsqueeze(0), what=None).mean(0)
         self._track(mean.detach(), variance.detach(), joint.ranks * (x.numel() // x.shape[1]))
         x = centred * torch.rsqrt(variance + self.eps).view(along)
         if self.affine:

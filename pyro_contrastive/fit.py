@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from pyro_contrastive._fit_data import peek, stream, to_views, total_steps
 from pyro_contrastive._fit_problem import replay_bad_batch, save_bad_batch
+from pyro_contrastive._fit_processes import Processes
 from pyro_contrastive._fit_settings import (
     check_arguments,
     check_precision,
@@ -211,6 +213,8 @@ def fit(
     ):
         first, data = peek(data)
         extra = _create_parameters(objective, modules, to_views(first, num_views, target))
+        processes = Processes(seed, target)
+        processes.prepare(modules.values(), extra)
         parameters = [p for p in chain(objective.parameters(), extra.values()) if p.requires_grad]
         if not parameters:
             raise ValueError(
@@ -226,6 +230,7 @@ def fit(
             "schedule": schedule if isinstance(schedule, str) else _name(schedule),
             "seed": seed,
             **({} if schedule == "constant" else {"steps": total}),
+            **({} if processes.count == 1 else {"processes": processes.count}),
             **({} if precision == "float32" else {"precision": precision}),
             **({} if ema is None else {"ema": ema}),
             **({} if validation is None or validation.monitor is None else {"monitor": validation.monitor}),
@@ -234,13 +239,17 @@ def fit(
         seed_generators(seed, target)
         scaler = torch.amp.GradScaler(target.type) if precision == "float16" else None
         state = FitState(modules, extra, optim, target, ema=ema, scaler=scaler)
-        if path is not None and resume and path.exists():
-            _resume(state, path, settings)
-        step = GradientStep(objective, getattr(elbo, "num_particles", 1), optim, parameters, state, clip_norm=clip_norm)
+        if path is not None and resume:
+            _resume(state, path, settings, processes)
+        num_particles = getattr(elbo, "num_particles", 1)
+        step = GradientStep(
+            objective, num_particles, optim, parameters, state, clip_norm=clip_norm, processes=processes
+        )
+        tracker = tracker if processes.first else None
 
         def save(payload: dict[str, Any], done: bool = False) -> None:
             """Write the checkpoint: every file of a run but `bad_batch.pt` is written here."""
-            if path is not None:
+            if path is not None and processes.first:
                 save_checkpoint(path, {**payload, "done": done, "config": settings})
 
         status: Literal["done", "diverged", "interrupted"] = "done"
@@ -251,15 +260,25 @@ def fit(
         from tqdm.auto import tqdm
 
         often = 0.1 if sys.stderr.isatty() else 1.0  # seconds; a log file is no terminal
-        bar = tqdm(total=total, initial=min(state.step, total), disable=not progress, unit="step", mininterval=often)
+        bar = tqdm(
+            total=total,
+            initial=min(state.step, total),
+            disable=not (progress and processes.first),
+            unit="step",
+            mininterval=often,
+        )
         bar.set_description_str(progress if isinstance(progress, str) else "fit")
         try:
-            with pyro.validation_enabled(False):  # the dry call was validated; here every check would stop the device
-                batches = stream(data, state)
+            with (
+                processes.interrupts(),
+                pyro.validation_enabled(False),
+            ):  # the dry call was validated; here every check would stop the device
+                batches = stream(data, state, processes.seed_epoch)
                 while True:
                     if validation is not None and state.needs_validation(validation.every, total):
                         with state.averaged() if validation.use_ema else nullcontext():
-                            metrics = validation.measure(model, guide, derived_seed(seed, 0), target)
+                            measure = partial(validation.measure, model, guide, derived_seed(seed, 0), target)
+                            metrics = processes.from_first(measure)
                         state.judge(metrics, validation.monitor, validation.best)
                         _track(tracker, "validation", metrics, state.step)
                     patience = math.inf if validation is None or validation.patience is None else validation.patience
@@ -271,7 +290,7 @@ def fit(
                     try:
                         state.advance(step(views))
                         bar.update()
-                        over = state.step < total and time.monotonic() > deadline
+                        over = processes.any(processes.stopping or time.monotonic() > deadline) and state.step < total
                         row = state.step % log_every == 0 or state.step == total
                         if not (row or over or (validation and state.needs_validation(validation.every, total))):
                             continue
@@ -285,7 +304,7 @@ def fit(
                             "try a smaller `lr`, `clip_norm=1.0`, or a larger assumed concentration of the pairs"
                         )
                         if path is not None:
-                            bad = path.with_name("bad_batch.pt")
+                            bad = path.with_name(f"bad_batch{processes.rank or ''}.pt")  # each process has its own
                             save_bad_batch(bad, breakdown.attempt, weights)
                             message += f". The batch of step {breakdown.attempt.step} is in {bad}: `replay_bad_batch`"
                         break
@@ -316,7 +335,7 @@ def fit(
             message = (
                 f"{state.step} of {total} steps; the weights after step {last}, the best validation, were put back"
             )
-    if status == "diverged":
+    if status == "diverged" and processes.first:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return FitResult(
         model,
@@ -342,9 +361,14 @@ def _track(tracker: Tracker | None, group: str, metrics: Mapping[str, float], st
         tracker.log({f"{group}/{name}": value for name, value in metrics.items()}, step)
 
 
-def _resume(state: FitState, path: Path, settings: dict[str, Any]) -> None:
+def _resume(state: FitState, path: Path, settings: dict[str, Any], processes: Processes) -> None:
+    def read() -> dict[str, Any] | None:
+        return load_checkpoint(path, expected_config=settings) if path.exists() else None
+
     try:
-        state.load(load_checkpoint(path, expected_config=settings))
+        payload = processes.from_first(read)  # the others may not see the file
+        if payload is not None:
+            state.load(payload)
     except (KeyError, ValueError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -7,8 +7,10 @@ their own. :func:`run_case` with one process and all rows is the reference.
 from __future__ import annotations
 
 import math
+import signal
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from pyro_contrastive import distributed, guides, models, priors
 from pyro_contrastive.aggregates import FullData, MemoryBank
 from pyro_contrastive.factors import infonce_factor, matching_factor
+from pyro_contrastive.fit import fit
 from pyro_contrastive.ops.random import derived_seed
 from pyro_contrastive.ops.tiles import Pairs, contrast
 from pyro_contrastive.shared_latent import interior_bound, shared_latent_factor
@@ -178,6 +181,67 @@ def run_case(name: str, rank: int = 0, ranks: int = 1, group: Any = None) -> dic
     return found | {f"gradient {k}": p.grad for k, p in model.named_parameters() if p.grad is not None}
 
 
+class Stream:
+    """Batches with a position, as the loaders of the package; each process its rows, or all of them."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def seek(self, epoch: int, batch: int = 0) -> None:
+        self.at = batch
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for k in range(self.at, 6):
+            source = torch.Generator().manual_seed(derived_seed(2, k))
+            yield [torch.randn(N, INPUTS, generator=source) for _ in range(2)]
+
+
+def run_fit(name: str, folder: Path | None = None, **options: Any) -> dict[str, Any]:
+    """A fit of twelve steps by all processes, or by one; with noise in "sampled" only."""
+    torch.manual_seed(distributed.process_rank()[0])  # other weights everywhere: the first process's count
+    family = "Delta" if name == "points" else "VonMisesFisher"
+    evidence = "exact" if name == "exact" else "elbo"
+    model = MC(guide(getattr(guides, family)), concentration=5.0, evidence=evidence)
+    options = {"epochs": 2, "lr": 1e-2, "device": "cpu", "log_every": 2, "progress": False, "out": folder} | options
+    made = fit(model, model.guide, distributed.BatchShare(Stream()), **options)
+    return {"status": made.status, "message": made.message, "step": made.step, "history": made.history} | {
+        f"state {k}": v for k, v in model.state_dict().items()
+    }
+
+
+def fits(rank: int, folder: Path) -> dict[str, Any]:
+    """Fits by all processes: from start to end, in two parts, and broken off in three ways."""
+    found: dict[str, Any] = {f"fit {name}": run_fit(name) for name in ("exact", "points", "sampled")}
+    found["fit part"] = run_fit("sampled", folder / "run", max_seconds=0.0)
+    found["fit resumed"] = run_fit("sampled", folder / "run")
+    found["fit files"] = sorted(path.name for path in (folder / "run").iterdir())
+
+    class Told(Stream):
+        """Tells one process to stop, or gives it something that is not a number."""
+
+        def __init__(self, what: str) -> None:
+            super().__init__()
+            self.what = what
+
+        def __iter__(self) -> Iterator[list[Tensor]]:
+            for k, batch in enumerate(super().__iter__()):
+                if k == 3 and rank == 1 and self.what == "signal":
+                    signal.raise_signal(signal.SIGINT)
+                yield [x.where(torch.tensor(k != 3 or rank != 1 or self.what != "nan"), torch.nan) for x in batch]
+
+    for what in ("signal", "nan"):
+        model = MC(guide(DELTA), concentration=5.0, evidence="elbo")
+        data = distributed.BatchShare(Told(what))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = fit(model, model.guide, data, epochs=1, device="cpu", log_every=2, progress=False)
+        found[f"fit {what}"] = made.status, made.step
+    return found
+
+
 def product(rows: Any, columns: Any, common: Any) -> Tensor:
     return common[0] * rows[0] @ columns[0].mT + columns[1].mT
 
@@ -258,6 +322,7 @@ def main(rank: int, folder: Path) -> None:
     weights = nn.Linear(2, 2)
     distributed.broadcast(weights)
     found["broadcast"] = weights.weight.detach()
+    found |= fits(rank, folder)
     if rank < 2:
         found |= {name: run_case(name, rank, 2, pair) for name in CASES}
         found["ring 2"] = run_ring(rank, 2, pair)

@@ -92,6 +92,40 @@ def test_flags_and_weights_are_shared(found):
     assert all(torch.equal(made["broadcast"], found[0]["broadcast"]) for made in found)
 
 
+# --- fit --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["exact", "points"])
+def test_a_fit_by_three_processes_is_that_of_one(found, name):
+    expected = ranks.run_fit(name)
+    for made in found:
+        got = made[f"fit {name}"]
+        assert (got["status"], got["step"]) == ("done", 12)
+        for key in ("loss", "positive"):
+            assert got["history"][key] == pytest.approx(expected["history"][key], abs=1e-4)
+        for key, value in expected.items():
+            if key.startswith("state"):
+                torch.testing.assert_close(got[key], value, rtol=1e-3, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_a_fit_goes_on_where_all_processes_stopped(found):
+    for made in found:
+        assert (made["fit part"]["status"], made["fit part"]["step"]) == ("interrupted", 1)
+        assert made["fit resumed"]["step"] == 12
+        for key, value in made["fit sampled"].items():
+            if key.startswith("state"):
+                assert torch.equal(made["fit resumed"][key], value), key
+                assert torch.equal(found[0]["fit sampled"][key], value), key
+        assert made["fit files"] == ["checkpoint.pt"]
+    assert found[0]["fit sampled"]["history"] == found[2]["fit resumed"]["history"]
+
+
+def test_all_processes_stop_together(found):
+    for made in found:
+        assert made["fit signal"] == ("interrupted", 4)  # one was told in its fourth batch
+        assert made["fit nan"] == ("diverged", 2)  # one had a batch that is not a number; the last row was step 2
+
+
 # --- one process ------------------------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,7 @@ LAYERS = {
     "validation": 6,
     "_fit_state": 6,
     "_fit_data": 7,
+    "_fit_processes": 6,
     "_fit_step": 7,
     "_fit_settings": 7,
     "_fit_problem": 8,

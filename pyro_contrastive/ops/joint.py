@@ -77,11 +77,12 @@ class Joint:
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self._talk)
         return bool(found)
 
-    def gather(self, tensor: Tensor, dim: int = 0, *, what: str = "gather") -> Tensor:
-        """See :func:`gather`."""
-        shape = list(tensor.shape)
-        items = shape.pop(dim)
-        self.agree(what, items, shape, tensor.dtype, tensor.requires_grad and torch.is_grad_enabled())
+    def gather(self, tensor: Tensor, dim: int = 0, *, what: str | None = "gather") -> Tensor:
+        """See :func:`gather`; `what` None: shapes are known to agree."""
+        if what is not None:
+            shape = list(tensor.shape)
+            items = shape.pop(dim)
+            self.agree(what, items, shape, tensor.dtype, tensor.requires_grad and torch.is_grad_enabled())
         return torch.cat(_Gather.apply(self, tensor).unbind(0), dim)
 
     def from_first(self, make: Callable[[], T]) -> T:

@@ -116,7 +116,7 @@ def test_a_fit_goes_on_where_all_processes_stopped(found):
             if key.startswith("state"):
                 assert torch.equal(made["fit resumed"][key], value), key
                 assert torch.equal(found[0]["fit sampled"][key], value), key
-        assert made["fit files"] == ["checkpoint.pt"]
+    assert found[0]["fit files"] == ["checkpoint.pt"]
     assert found[0]["fit sampled"]["history"] == found[2]["fit resumed"]["history"]
 
 

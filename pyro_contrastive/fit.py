@@ -226,9 +226,9 @@ def fit(
             "schedule": schedule if isinstance(schedule, str) else _name(schedule),
             "seed": seed,
             **({} if schedule == "constant" else {"steps": total}),
-            **({} if precision == "float32" else {"precision": precision}),
-            **({} if ema is None else {"ema": ema}),
-            **({} if validation is None or validation.monitor is None else {"monitor": validation.monitor}),
+            "precision": None if precision == "float32" else precision,
+            "ema": ema,
+            "monitor": None if validation is None else validation.monitor,
             **(config or {}),
         }
         seed_generators(seed, target)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 __all__ = ["Precision", "check_encoding", "encode"]
 
 Precision = Literal["float32", "bfloat16", "float16"]
+PRECISIONS = get_args(Precision)
 
 
 def check_encoding(chunk_size: int | None, precision: str) -> None:
@@ -28,8 +29,8 @@ def check_encoding(chunk_size: int | None, precision: str) -> None:
     """
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"`chunk_size` must be an integer >= 1, or None for the whole batch, got {chunk_size!r}")
-    if precision not in get_args(Precision):
-        raise ValueError(f"`precision` must be one of {', '.join(get_args(Precision))}, got {precision!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 def encode(encoder: nn.Module, x: Tensor, *, chunk_size: int | None = None, precision: Precision = "float32") -> Any:

@@ -167,6 +167,12 @@ def fit(
         tracker: Takes the rows of history and validations as they come; see :mod:`pyro_contrastive.trackers`.
         progress: Show a progress bar; a string is its label.
 
+    Several processes (``torchrun``, ``torch.distributed``) that call this fit the pair together, as one process would
+    with all their batches (:func:`pyro_contrastive.distributed.joint_batch`): from the weights of the first, which
+    writes the files, shows progress and validates. Each brings its own `data`, with equally many pairs per batch. Batch
+    norms become ones over all processes. Ctrl-C, ``max_seconds`` and a number that is not finite stop all of them in the
+    same step.
+
     Returns:
         The fitted pair with its history and how the run ended.
 
@@ -230,10 +236,10 @@ def fit(
             "schedule": schedule if isinstance(schedule, str) else _name(schedule),
             "seed": seed,
             **({} if schedule == "constant" else {"steps": total}),
-            **({} if processes.count == 1 else {"processes": processes.count}),
-            **({} if precision == "float32" else {"precision": precision}),
-            **({} if ema is None else {"ema": ema}),
-            **({} if validation is None or validation.monitor is None else {"monitor": validation.monitor}),
+            "precision": None if precision == "float32" else precision,
+            "ema": ema,
+            "monitor": None if validation is None else validation.monitor,
+            "processes": None if processes.count == 1 else processes.count,
             **(config or {}),
         }
         seed_generators(seed, target)

@@ -1,4 +1,4 @@
-"""Encoders in chunks: the loss of the whole batch with the memory of one chunk; reduced precision of the encoder only."""
+"""Encoders in chunks: the loss of the batch with the memory of one chunk; reduced precision of the encoder only."""
 
 from __future__ import annotations
 

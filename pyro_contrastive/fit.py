@@ -167,11 +167,10 @@ def fit(
         tracker: Takes the rows of history and validations as they come; see :mod:`pyro_contrastive.trackers`.
         progress: Show a progress bar; a string is its label.
 
-    Several processes (``torchrun``, ``torch.distributed``) that call this fit the pair together, as one process would
-    with all their batches (:func:`pyro_contrastive.distributed.joint_batch`): from the weights of the first, which
-    writes the files, shows progress and validates. Each brings its own `data`, with equally many pairs per batch. Batch
-    norms become ones over all processes. Ctrl-C, ``max_seconds`` and a number that is not finite stop all of them in the
-    same step.
+    Several processes of ``torch.distributed`` that call this fit the pair together, as one process would with all
+    their batches (:func:`pyro_contrastive.distributed.joint_batch`): from the weights of the first, which writes the
+    files, shows progress and validates. Each brings its own `data`, equally many pairs per batch; batch norms become
+    ones over all processes. Ctrl-C, ``max_seconds`` and numbers that are not finite stop all of them together.
 
     Returns:
         The fitted pair with its history and how the run ended.

@@ -47,9 +47,12 @@ class _Pass:
         return 0 if tensor.is_inference() else tensor._version
 
     def _stamp(self, module: nn.Module) -> Any:
+        parts = list(module.modules())  # one walk; `parameters()` would be another, and this runs thrice a step
         return (
-            tuple((id(p), p.data_ptr(), self._version(p)) for p in module.parameters()),
-            tuple(m.training for m in module.modules()),
+            tuple(
+                (id(p), p.data_ptr(), self._version(p)) for m in parts for p in m._parameters.values() if p is not None
+            ),
+            tuple(m.training for m in parts),
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled("cuda"),
@@ -210,7 +213,7 @@ class RecognitionGuide(Module):
             raise ValueError("views must hold at least one item, got none")
         encoder = self._modules["encoder"]  # the attribute would make Pyro register its parameters
         assert encoder is not None
-        if any(is_lazy(parameter) for parameter in encoder.parameters()):
+        if any(is_lazy(p) for m in encoder.modules() for p in m._parameters.values() if p is not None):
             raise ValueError(
                 "the encoder has lazy parameters that no input has shaped yet, which Pyro cannot register; "
                 "call guide.posterior(x) once before training"

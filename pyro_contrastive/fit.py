@@ -176,7 +176,8 @@ def fit(
         The fitted pair with its history and how the run ended.
 
     Raises:
-        ValueError: If an argument is out of its range, or ``data`` ends before ``steps``.
+        ValueError: If an argument is out of its range or does not go with another, or ``data`` ends before ``steps``.
+        TypeError: If ``validation`` or ``tracker`` is something else.
         CheckpointError: If the checkpoint in ``out`` is unreadable or belongs to another configuration.
 
     Warns:

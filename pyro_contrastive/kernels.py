@@ -25,6 +25,7 @@ from .ops.bessel import bessel_ratio, matched_log_density
 from .ops.constraints import scale_parameter, signed_scale_parameter
 from .ops.precision import matmul
 from .ops.series import expected_kernel_log_ratio, shared_latent_kernel_log_ratio
+from .ops.tables import on_grid
 from .ops.tiles import Pairs, Tensors
 
 __all__ = [
@@ -228,7 +229,7 @@ def _directions_and_concentrations(posterior1: VonMisesFisher, posterior2: VonMi
 
 def _shared_latent(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
     (mu1, k1), (mu2, k2) = rows, columns
-    return shared_latent_kernel_log_ratio(mu1.shape[-1], k1, k2.mT, matmul(mu1, mu2.mT))
+    return on_grid(shared_latent_kernel_log_ratio, mu1.shape[-1], k1, k2.mT, (), matmul(mu1, mu2.mT))
 
 
 def shared_latent_pairs(posterior1: VonMisesFisher, posterior2: VonMisesFisher) -> Pairs:
@@ -322,7 +323,7 @@ def moment_matched_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFis
 
 def _expected(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
     (mu1, k1), (mu2, k2) = rows, columns
-    return expected_kernel_log_ratio(mu1.shape[-1], k1, k2.mT, shared[0], matmul(mu1, mu2.mT))
+    return on_grid(expected_kernel_log_ratio, mu1.shape[-1], k1, k2.mT, shared, matmul(mu1, mu2.mT))
 
 
 def expected_pairs(posterior1: VonMisesFisher, posterior2: VonMisesFisher, concentration: float | Tensor) -> Pairs:

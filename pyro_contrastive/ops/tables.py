@@ -39,7 +39,7 @@ _STAGES = ((8, 8), (16, 24), (24, 48))  # nodes in a concentration, and in the c
 _SHARED_NODES = 8
 _LARGEST_SUM = 400.0  # of the coefficients: float32 then adds less than 1e-4 nats of rounding
 _SLOPES = 1e-5  # what is left out changes no derivative by more than this part of the largest
-_BLOCK = 1 << 16  # elements that are summed at a time: the working set stays in the cache
+_BLOCK = 1 << 16  # elements that a CPU sums at a time: the working set stays in the cache
 
 
 def on_grid(
@@ -59,14 +59,13 @@ def on_grid(
         ``(..., N, M)``. Tables serve float32 grids of at least `LEAST_PAIRS` elements; all else is exact. A table is
         differentiable once, in every argument.
     """
-    if cosine.dtype != torch.float32 or cosine.numel() < LEAST_PAIRS or torch.compiler.is_compiling():
+    if cosine.dtype != torch.float32 or cosine.shape[-2:].numel() < LEAST_PAIRS or torch.compiler.is_compiling():
         return function(dim, rows, columns, *shared, cosine)
     with torch.autocast(cosine.device.type, enabled=False):
         box = _box(rows, columns, cosine, shared)
-        table = None if box is None else _table(function, dim, box, cosine.device)
-        if table is None:
+        coefficients = None if box is None else _table(function, dim, box, cosine.device)
+        if box is None or coefficients is None:
             return function(dim, rows, columns, *shared, cosine)
-        coefficients = table
         for value, (low, high) in zip(shared, box[3:], strict=True):
             weights = _chebyshev(_scaled(value.double().log(), low, high), coefficients.shape[-1])
             coefficients = coefficients @ weights.reshape(-1)
@@ -161,7 +160,7 @@ def _degrees(coefficients: Tensor) -> list[int] | None:
     return out
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=32)
 def _table(function: Elementwise, dim: int, box: Box, device: torch.device) -> Tensor | None:
     """Coefficients, one axis per argument, or None if no table is good enough."""
     scalars = [_SHARED_NODES if high > low else 1 for low, high in box[3:]]
@@ -200,7 +199,7 @@ def _table(function: Elementwise, dim: int, box: Box, device: torch.device) -> T
 def _blocks(cosine: Tensor, box: tuple[float, float]) -> Iterator[tuple[int, slice, Tensor]]:
     """Grid number, rows and scaled cosines of every block."""
     batch, size, width = cosine.shape
-    step = max(1, _BLOCK // width)
+    step = max(1, _BLOCK // width) if cosine.device.type == "cpu" else size
     low, high = box
     for b in range(batch):
         for start in range(0, size, step):
@@ -208,20 +207,27 @@ def _blocks(cosine: Tensor, box: tuple[float, float]) -> Iterator[tuple[int, sli
             yield b, rows, cosine[b, rows].sub(0.5 * (low + high)).mul_(2 / (high - low))
 
 
+def _sign(r: int) -> int:
+    """+ + - - on the terms of a three-term recurrence turn its difference into a sum, which can be done in place."""
+    return 1 - (r & 2)
+
+
+def _turn(r: int) -> int:
+    """2 from one sign to the next."""
+    return 2 * _sign(r) * _sign(r + 1)
+
+
 def _clenshaw(left: Tensor, right: Tensor, x: Tensor, out: Tensor) -> None:
     """Sum over r of ``(left[r] @ right) * T_r(x)``, into `out`."""
-    # b_r = a_r + 2 x b_(r+1) - b_(r+2), with signs + + - - on the b that turn the difference into a sum in place
     after, last = torch.zeros_like(x), torch.zeros_like(x)
-    for r in range(len(left) - 1, 0, -1):
-        sign, turn = 1 - (r & 2), 1 - 2 * (r & 1)
-        after.addcmul_(x, last, value=2 * turn).addmm_(left[r], right, alpha=sign)
+    for r in range(len(left) - 1, 0, -1):  # b_r = a_r + 2 x b_(r+1) - b_(r+2)
+        after.addcmul_(x, last, value=_turn(r)).addmm_(left[r], right, alpha=_sign(r))
         after, last = last, after
-    # signs at r = 1 and 2: +, -
     torch.addcmul(after, x, last, out=out).addmm_(left[0], right)
 
 
 class _Interpolated(torch.autograd.Function):
-    """The polynomial with coefficients (P, Q, R) at T_p of the rows (B, N, P), T_q of the columns (B, M, Q), cosines."""
+    """The polynomial with coefficients (P, Q, R): T_p of the rows (B, N, P), T_q of the columns (B, M, Q), cosines."""
 
     @staticmethod
     def forward(
@@ -229,8 +235,9 @@ class _Interpolated(torch.autograd.Function):
     ) -> Tensor:
         out = torch.empty_like(cosine)
         left = torch.einsum("bnp,pqr->brnq", rows, coefficients)
+        turned = columns.mT.contiguous()
         for b, block, x in _blocks(cosine, box):
-            _clenshaw(left[b, :, block], columns[b].mT, x, out[b, block])
+            _clenshaw(left[b, :, block], turned[b], x, out[b, block])
         ctx.save_for_backward(coefficients, rows, columns, cosine)
         ctx.box = box
         return out
@@ -243,6 +250,7 @@ class _Interpolated(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             to_cosine = torch.empty_like(cosine) if ctx.needs_input_grad[3] else None
             slope = torch.einsum("bnp,pqr->brnq", rows, _derivative(coefficients) * (2 / (high - low)))
+            turned = columns.mT.contiguous()
             # sums over the columns of weight * T_r(cosine) * T_q, and over the rows of weight * T_r(cosine) * T_p
             size = coefficients.shape[2]
             across = columns.new_zeros(len(rows), size, columns.shape[2], rows.shape[1])
@@ -250,15 +258,17 @@ class _Interpolated(torch.autograd.Function):
             for b, block, x in _blocks(cosine, ctx.box):
                 weight = grad[b, block]
                 if to_cosine is not None:
-                    _clenshaw(slope[b, :, block], columns[b].mT, x, to_cosine[b, block])
+                    _clenshaw(slope[b, :, block], turned[b], x, to_cosine[b, block])
                     to_cosine[b, block].mul_(weight)
                 if not of_items:
                     continue
-                before, now = weight, weight * x
-                for r in range(size):
-                    across[b, r, :, block] = columns[b].mT @ before.mT
-                    down[b, r] += rows[b, block].mT @ before
-                    before, now = now, (2 * x * now).sub_(before)
+                before, now = weight.clone(), weight * x
+                for r in range(size):  # signs + + - - as in _clenshaw
+                    across[b, r, :, block] = turned[b] @ before.mT
+                    down[b, r].addmm_(rows[b, block].mT, before)
+                    before, now = now, before.addcmul_(x, now, value=_turn(r + 1))
+            sign = across.new_tensor([_sign(r) for r in range(size)]).reshape(-1, 1, 1)
+            across, down = across * sign, down * sign
             gradients = [
                 torch.einsum("brqn,bnp->pqr", across, rows),
                 torch.einsum("brqn,pqr->bnp", across, coefficients),

@@ -1,0 +1,159 @@
+"""InfoNCE and NT-Xent, forward and backward: time and peak memory against what people use.
+
+    python -m benchmarks.infonce [--sizes 512 2048 8192] [--most 8192] [--device cpu] [--dtype float32] [--out FILE]
+
+Time is measured in turn in one process (medians), memory in a process per loss, since the peak of a process never
+falls: the growth of the resident memory over a step, on a GPU what torch has allocated at most. Losses that keep the
+grid are left out above ``--most`` items. NT-Xent has 2N items for N pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import medians, peer, rate, row, table
+from pyro_contrastive.factors import infonce_log_ratio
+from pyro_contrastive.kernels import VonMisesFisherKernel
+from pyro_contrastive.positives import nt_xent_log_ratio
+
+CONCENTRATION, DIM = 10.0, 128
+MIB = 2**20
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def infonce(z1: Tensor, z2: Tensor) -> Tensor:
+    kernel = VonMisesFisherKernel(CONCENTRATION).to(z1.device)
+    return -infonce_log_ratio(kernel(z1, z2, lazy=True), symmetric=True).mean()
+
+
+def infonce_plain(z1: Tensor, z2: Tensor) -> Tensor:
+    logits, labels = CONCENTRATION * z1 @ z2.mT, torch.arange(len(z1), device=z1.device)
+    return 0.5 * sum(torch.nn.functional.cross_entropy(grid, labels) for grid in (logits, logits.mT))
+
+
+def nt_xent(z1: Tensor, z2: Tensor) -> Tensor:
+    kernel, z = VonMisesFisherKernel(CONCENTRATION).to(z1.device), torch.cat([z1, z2])
+    return -nt_xent_log_ratio(kernel(z, z, lazy=True)).mean()
+
+
+def losses() -> dict[str, Loss | None]:
+    """By name; None where the peer is not installed."""
+    lightly, metric = peer("lightly.loss"), peer("pytorch_metric_learning.losses")
+    found: dict[str, Loss | None] = {"InfoNCE": infonce, "plain PyTorch": infonce_plain, "NT-Xent": nt_xent}
+    found["lightly NTXentLoss"] = lightly and lightly.NTXentLoss(temperature=1 / CONCENTRATION)
+    found["pytorch-metric-learning"] = metric and metric.SelfSupervisedLoss(metric.NTXentLoss(1 / CONCENTRATION))
+    return found
+
+
+PEERS = {"plain PyTorch": "InfoNCE", "lightly NTXentLoss": "NT-Xent", "pytorch-metric-learning": "NT-Xent"}
+KEEPS_GRID = {"plain PyTorch": 1, "lightly NTXentLoss": 2, "pytorch-metric-learning": 2}  # items per pair
+
+
+def step(loss: Loss, size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+    """Loss of normalised embeddings and its gradient."""
+    raw = torch.randn(2, size, DIM, device=device, dtype=dtype).requires_grad_()
+
+    def run() -> None:
+        raw.grad = None
+        loss(*torch.nn.functional.normalize(raw, dim=-1)).backward()
+
+    return run
+
+
+def peak(name: str, size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """MiB of one step, in this process."""
+    loss = losses()[name]
+    assert loss is not None
+    step(loss, 64, device, dtype)()
+    run = step(loss, size, device, dtype)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) / MIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / MIB
+
+
+def compare(
+    sizes: list[int], most: int, rounds: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> list[dict[str, Any]]:
+    out, found = [], losses()
+    kind = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+    for size in sizes:
+        setting = f"N = {size:,}, d = {DIM}{kind}"
+        names = [
+            name
+            for name, loss in found.items()
+            if loss is not None and (name == "InfoNCE" or KEEPS_GRID.get(name, 2) * size <= most)
+        ]
+        tasks = {name: step(found[name], size, device, dtype) for name in names}
+        for run in tasks.values():
+            if size <= 2048 or device.type == "cuda":
+                run()
+        seconds = medians(tasks, rounds if size <= 4096 else max(1, rounds // 5), device, setting)
+        mib = {}
+        for name in names:
+            command = [sys.executable, "-m", "benchmarks.infonce", "--row", name, str(size)]
+            command += ["--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            mib[name] = float(done.stdout.splitlines()[-1])
+        # forward one product of N x N x d, backward two
+        bound = 6 * size**2 * DIM / rate(device, dtype) if device.type == "cuda" else None
+        for theirs, ours in PEERS.items():
+            if ours not in seconds or (theirs not in seconds and theirs in found and found[theirs] is not None):
+                continue
+            best = bound if ours == "InfoNCE" else None
+            goal = 1.0 if theirs == "plain PyTorch" and size >= 2048 else None
+            out.append(row(f"{ours}, time", setting, seconds[ours], theirs, seconds.get(theirs), goal=goal, bound=best))
+            out.append(row(f"{ours}, memory", setting, mib[ours], theirs, mib.get(theirs), unit="MiB"))
+        if size > most:
+            out.append(row("InfoNCE, time", setting, seconds["InfoNCE"], "(whole grid left out)", None, bound=bound))
+            out.append(row("InfoNCE, memory", setting, mib["InfoNCE"], "(whole grid left out)", None, unit="MiB"))
+    return out
+
+
+def rows(quick: bool, device: torch.device) -> list[dict[str, Any]]:
+    """Time and memory; on a GPU also in bfloat16, with the fraction of the matmul ceiling."""
+    if device.type == "cuda":
+        sizes = [512, 2048, 8192, 32_768] + ([] if quick else [65_536])
+        return [r for kind in (torch.float32, torch.bfloat16) for r in compare(sizes, 16_384, 5, device, kind)]
+    return compare([512, 2048] if quick else [512, 2048, 8192, 65_536], 4096 if quick else 8192, 5, device)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 2048, 8192], help="numbers of pairs N")
+    parser.add_argument("--most", type=int, default=8192, help="most items whose grid is kept whole")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--out", type=Path, help="write JSON")
+    parser.add_argument("--row", nargs=2, metavar=("LOSS", "N"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    if args.row:
+        print(peak(args.row[0], int(args.row[1]), device, dtype))
+        return 0
+    found = compare(args.sizes, args.most, args.rounds, device, dtype)
+    print(table(found))
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

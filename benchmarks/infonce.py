@@ -2,17 +2,16 @@
 
     python -m benchmarks.infonce [--sizes 512 2048 8192] [--most 8192] [--device cpu] [--dtype float32] [--out FILE]
 
-Time is measured in turn in one process (medians), memory in a process per loss, since the peak of a process never
-falls: the growth of the resident memory over a step, on a GPU what torch has allocated at most. Losses that keep the
-grid are left out above ``--most`` items. NT-Xent has 2N items for N pairs.
+Time is measured in turn (medians). Memory is what a step adds at most to the resident memory of the process (Linux), on
+a GPU to what torch has allocated. Losses that keep the grid are left out above ``--most`` items. NT-Xent has 2N items
+for N pairs.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
-import resource
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +55,7 @@ def losses() -> dict[str, Loss | None]:
 
 
 PEERS = {"plain PyTorch": "InfoNCE", "lightly NTXentLoss": "NT-Xent", "pytorch-metric-learning": "NT-Xent"}
+GRID = "plain PyTorch (grid too large)"
 KEEPS_GRID = {"plain PyTorch": 1, "lightly NTXentLoss": 2, "pytorch-metric-learning": 2}  # items per pair
 
 
@@ -70,20 +70,27 @@ def step(loss: Loss, size: int, device: torch.device, dtype: torch.dtype) -> Cal
     return run
 
 
-def peak(name: str, size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """MiB of one step, in this process."""
-    loss = losses()[name]
-    assert loss is not None
-    step(loss, 64, device, dtype)()
-    run = step(loss, size, device, dtype)
+def resident(entry: str) -> float:
+    """MiB of "VmRSS" (now) or "VmHWM" (at most so far) of this process."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
+    return int(line.split()[1]) / 1024
+
+
+def peak(run: Callable[[], None], device: torch.device) -> float | None:
+    """MiB that a step adds at most; None where the system does not tell."""
     if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
-        return torch.cuda.max_memory_allocated(device) / MIB
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that it is counted when it is used
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    except (AttributeError, OSError):
+        return None
+    before = resident("VmRSS")
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / MIB
+    return resident("VmHWM") - before
 
 
 def compare(
@@ -103,12 +110,7 @@ def compare(
             if size <= 2048 or device.type == "cuda":
                 run()
         seconds = medians(tasks, rounds if size <= 4096 else max(1, rounds // 5), device, setting)
-        mib = {}
-        for name in names:
-            command = [sys.executable, "-m", "benchmarks.infonce", "--row", name, str(size)]
-            command += ["--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            mib[name] = float(done.stdout.splitlines()[-1])
+        mib = {name: peak(tasks[name], device) for name in names}
         # forward one product of N x N x d, backward two
         bound = 6 * size**2 * DIM / rate(device, dtype) if device.type == "cuda" else None
         for theirs, ours in PEERS.items():
@@ -117,10 +119,12 @@ def compare(
             best = bound if ours == "InfoNCE" else None
             goal = 1.0 if theirs == "plain PyTorch" and size >= 2048 else None
             out.append(row(f"{ours}, time", setting, seconds[ours], theirs, seconds.get(theirs), goal=goal, bound=best))
-            out.append(row(f"{ours}, memory", setting, mib[ours], theirs, mib.get(theirs), unit="MiB"))
+            if mib[ours] is not None:
+                out.append(row(f"{ours}, memory", setting, mib[ours], theirs, mib.get(theirs), unit="MiB"))
         if size > most:
-            out.append(row("InfoNCE, time", setting, seconds["InfoNCE"], "(whole grid left out)", None, bound=bound))
-            out.append(row("InfoNCE, memory", setting, mib["InfoNCE"], "(whole grid left out)", None, unit="MiB"))
+            out.append(row("InfoNCE, time", setting, seconds["InfoNCE"], GRID, None, bound=bound))
+            if mib["InfoNCE"] is not None:
+                out.append(row("InfoNCE, memory", setting, mib["InfoNCE"], GRID, None, unit="MiB"))
     return out
 
 
@@ -141,13 +145,9 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path, help="write JSON")
-    parser.add_argument("--row", nargs=2, metavar=("LOSS", "N"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    if args.row:
-        print(peak(args.row[0], int(args.row[1]), device, dtype))
-        return 0
     found = compare(args.sizes, args.most, args.rounds, device, dtype)
     print(table(found))
     if args.out:

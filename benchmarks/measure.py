@@ -109,7 +109,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The common table as text."""
     lines = [f"{'task':<34}{'setting':<26}{'ours':>12}  {'peer':<34}{'theirs':>12}{'ratio':>8}{'goal':>9}  met"]
     for r in rows:
-        theirs, ratio = NOT_INSTALLED, ""
+        theirs, ratio = "" if "too large" in r["peer"] else NOT_INSTALLED, ""
         if r["theirs"] is not None:
             theirs, ratio = f"{r['theirs']:.4g} {r['unit']}", f"{r['ratio']:.2f}"
         goal = "" if r["goal"] is None else f"{r['goal']:g}{' ' + r['unit'] if r['goal_of'] == 'ours' else ''}"

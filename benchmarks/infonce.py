@@ -1,6 +1,6 @@
 """InfoNCE and NT-Xent, forward and backward: time and peak memory against what people use.
 
-    python -m benchmarks.infonce [--sizes 512 2048 8192] [--most 8192] [--device cpu] [--dtype float32] [--out FILE]
+    python -m benchmarks.infonce [--sizes 128 512 2048 8192] [--most 8192] [--device cpu] [--dtype float32] [--out FILE]
 
 Time is measured in turn (medians). Memory is what a step adds at most to the resident memory of the process (Linux), on
 a GPU to what torch has allocated. Losses that keep the grid are left out above ``--most`` items. NT-Xent has 2N items
@@ -56,7 +56,8 @@ def losses() -> dict[str, Loss | None]:
 
 PEERS = {"plain PyTorch": "InfoNCE", "lightly NTXentLoss": "NT-Xent", "pytorch-metric-learning": "NT-Xent"}
 GRID = "plain PyTorch (grid too large)"
-KEEPS_GRID = {"plain PyTorch": 1, "lightly NTXentLoss": 2, "pytorch-metric-learning": 2}  # items per pair
+ITEMS = {"plain PyTorch": 1, "lightly NTXentLoss": 2, "NT-Xent": 2}  # of a pair, in the grid
+MOST_METRIC = 128  # pytorch-metric-learning compares all positive with all negative pairs: 8 N^3 of them
 
 
 def step(loss: Loss, size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
@@ -96,14 +97,14 @@ def peak(run: Callable[[], None], device: torch.device) -> float | None:
 def compare(
     sizes: list[int], most: int, rounds: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> list[dict[str, Any]]:
-    out, found = [], losses()
+    out, found, limit = [], losses(), {"pytorch-metric-learning": min(most, MOST_METRIC)}
     kind = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
     for size in sizes:
         setting = f"N = {size:,}, d = {DIM}{kind}"
         names = [
             name
             for name, loss in found.items()
-            if loss is not None and (name == "InfoNCE" or KEEPS_GRID.get(name, 2) * size <= most)
+            if loss is not None and (name == "InfoNCE" or ITEMS.get(name, 1) * size <= limit.get(name, most))
         ]
         tasks = {name: step(found[name], size, device, dtype) for name in names}
         for run in tasks.values():
@@ -131,14 +132,14 @@ def compare(
 def rows(quick: bool, device: torch.device) -> list[dict[str, Any]]:
     """Time and memory; on a GPU also in bfloat16, with the fraction of the matmul ceiling."""
     if device.type == "cuda":
-        sizes = [512, 2048, 8192, 32_768] + ([] if quick else [65_536])
+        sizes = [128, 512, 2048, 8192, 32_768] + ([] if quick else [65_536])
         return [r for kind in (torch.float32, torch.bfloat16) for r in compare(sizes, 16_384, 5, device, kind)]
-    return compare([512, 2048] if quick else [512, 2048, 8192, 65_536], 4096 if quick else 8192, 5, device)
+    return compare([128, 512, 2048] if quick else [128, 512, 2048, 8192, 65_536], 4096 if quick else 8192, 5, device)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 2048, 8192], help="numbers of pairs N")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 512, 2048, 8192], help="numbers of pairs N")
     parser.add_argument("--most", type=int, default=8192, help="most items whose grid is kept whole")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)

@@ -118,6 +118,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, metavar="N")
     add("--dim", type=int, metavar="D")
     add("--width", type=int, metavar="N")
+    add("--num-bank", type=int, metavar="N", help="training images of neighbours and probe")
+    add("--num-test", type=int, metavar="N", help="test images")
     add("--optimizer", choices=tuple(OPTIMIZERS), help="lars needs the package timm")
     add("--lr", type=float, help=f"default: {OPTIMIZERS} times batch size / 256 (adamw: its square root)")
     add("--weight-decay", type=float, default=1e-4, help="default: %(default)s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,3 +55,60 @@ def test_an_unknown_row_is_refused(example, capsys):
     with pytest.raises(SystemExit):
         example("aninfonce_controlled").parse(["--rows", "bimodel"])
     assert "no row matches; the rows are oracle, " in capsys.readouterr().err
+
+
+@pytest.fixture
+def colour_images(tmp_path):
+    """An npz file of random colour images: the label is the colour."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, size in (("train", 120), ("test", 60)):
+        labels = np.arange(size) % 3
+        pixels = rng.integers(0, 100, (size, 12, 12, 3))
+        pixels[np.arange(size), :, :, labels] += 120
+        arrays |= {f"x_{split}": pixels.astype(np.uint8), f"y_{split}": labels}
+    np.savez(tmp_path / "colours.npz", **arrays)
+    return tmp_path / "colours.npz"
+
+
+def test_read_out_runs_resumes_and_makes_a_table(example, colour_images, tmp_path, capsys):
+    module = example("aninfonce_readout")
+    rows = ["untrained", "infonce", "ensemble-blocks"]
+    command = [
+        "--data",
+        str(colour_images),
+        "--rows",
+        *rows,
+        "--small",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "runs"),
+    ]
+    module.main(module.parse(command))
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")}
+    assert set(found) == {f"colours-small-{row}-0" for row in rows}
+    figures = found["colours-small-ensemble-blocks-0"]["figures"]
+    assert {key.split("_")[1] for key in figures if "_" in key} == {"features", "latents", "content", "style"}
+    assert figures["augmentation_style"] == np.mean([figures[f"{name}_style"] for name in module.READ])
+    assert found["colours-small-untrained-0"]["figures"]["class_features"] > 0.9  # the colour
+    capsys.readouterr()
+    module.main(module.parse(command))
+    assert capsys.readouterr().out == ""  # nothing was missing
+    lines = module.tables(tmp_path / "runs").splitlines()
+    assert next(line for line in lines if line.startswith("| untrained:")).endswith(" | - / - | - / - | 3 |")
+    with pytest.raises(SystemExit, match="made with other options"):
+        module.main(module.parse([*command, "--steps", "4"]))
+
+
+def test_pairs_of_the_read_out_share_the_image_or_the_augmentation(example):
+    module = example("aninfonce_readout")
+    colours = torch.arange(8).reshape(8, 1, 1, 1).expand(8, 3, 6, 6) * 0.1
+    grey = module.augment.keywords | {"jitter": 0.0, "hue": 0.0, "grey": 0.0}
+    module.augment = module.functools.partial(module.crop_flip_jitter, **grey)
+    first, second, third = next(iter(module.Triples(colours, module.augment, batch_size=8)))
+    assert torch.allclose(first, second, atol=1e-6) and not torch.allclose(first, third, atol=0.05)
+    rows = (torch.arange(6) / 6).reshape(1, 1, 6, 1).expand(8, 3, 6, 6)  # all images alike: what differs is the crop
+    first, second, third = next(iter(module.Triples(rows, module.augment, batch_size=8)))
+    assert torch.equal(first, third) and not torch.allclose(first, second, atol=0.05)
+    assert module.in_order("augmentation", (1, 2, 3)) == (1, 3) and module.in_order("blocks", (1, 2, 3)) == (1, 2)

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torchvision.transforms.v2 import functional as tv
 
-from pyro_contrastive.data import crop_and_rotate, crop_flip_jitter, crop_ladder, shift_and_flip
+from pyro_contrastive.data import JITTER_DRAWS, crop_and_rotate, crop_flip_jitter, crop_ladder, shift_and_flip
 
 
 def images(n, side=32, seed=0):
@@ -72,6 +72,43 @@ def test_jitter_against_torchvision(grey):
         one = tv.adjust_saturation(one, factors[2])
         one = tv.rgb_to_grayscale(one, 3) if grey else one
         torch.testing.assert_close(view[i], one, atol=2e-4, rtol=0)  # torchvision rounds its weights of the colours
+
+
+def test_draws_can_be_given_and_shared():
+    recipe = {"hue": 0.1, "probability": 0.8, "random_order": True}
+    draw = torch.rand((15, 40), generator=generator(4))
+    for one, other in zip(
+        crop_flip_jitter(images(40), generator(4), **recipe),
+        crop_flip_jitter(images(40), draw=draw, **recipe),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+    colours, crops = draw.clone(), draw.clone()
+    colours[5:], crops[:5] = torch.rand((10, 40), generator=generator(5)), torch.rand((5, 40), generator=generator(5))
+    fraction = crop_flip_jitter(images(40), draw=draw)[1]
+    assert torch.equal(crop_flip_jitter(images(40, seed=1), draw=colours)[1], fraction)  # the crop is shared
+    assert not torch.equal(crop_flip_jitter(images(40), draw=crops)[1], fraction)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("size", lambda view: -view[:, 0].std((1, 2))),  # of the ramps: what is seen of the rows
+        ("y", lambda view: view[:, 0].mean((1, 2))),
+        ("x", lambda view: view[:, 1].mean((1, 2))),
+        ("flip", lambda view: (view[:, 1, :, -1] > view[:, 1, :, 0]).float().mean(1)),
+        ("brightness", lambda view: view[:, 2].mean((1, 2))),
+        ("grey", lambda view: (view[:, 0] - view[:, 2]).abs().mean((1, 2))),
+    ],
+)
+def test_the_names_of_the_draws_say_what_they_do(name, read):
+    low, high = torch.full((2, 15, 1), 0.5)
+    low[9], high[9] = 0.0, 0.0  # jittered
+    low[JITTER_DRAWS[name]], high[JITTER_DRAWS[name]] = 0.05, 0.95
+    if name == "size":
+        low, high = high, low
+    seen = [read(crop_flip_jitter(ramps(1), draw=draw, jitter=0.4)[0]).item() for draw in (low, high)]
+    assert seen[0] < seen[1]
 
 
 def test_simclr_recipe_against_torchvision():
@@ -184,6 +221,7 @@ def test_bytes_and_floats_give_the_same_and_the_global_random_state_stays(augmen
         (lambda x: crop_flip_jitter(x, grey=float("nan")), r"`grey` must be in \[0, 1\], got nan"),
         (lambda x: crop_flip_jitter(x, hue=0.6), r"`hue` must be in \[0, 0.5\], got 0.6"),
         (lambda x: crop_flip_jitter(x, probability=-0.1), r"`probability` must be in \[0, 1\], got -0.1"),
+        (lambda x: crop_flip_jitter(x, draw=torch.rand(9, 2)), r"`draw` must be \(15, 2\), .* got \(9, 2\)"),
         (lambda x: crop_and_rotate(x, degrees=200.0), r"`degrees` must be in \[0, 180\], got 200.0"),
         (lambda x: crop_and_rotate(x, scale=(0.5, 2.0)), r"`scale` must be"),
         (lambda x: crop_and_rotate(x[0]), r"must be \(N, C, H, W\), got \(3, 8, 8\)"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .anisotropic_world import AnisotropicBatch, AnisotropicWorld, bimodal_precision, linear_precision
-from .augment import crop_and_rotate, crop_flip_jitter, crop_ladder, shift_and_flip
+from .augment import JITTER_DRAWS, crop_and_rotate, crop_flip_jitter, crop_ladder, shift_and_flip
 from .cifar10h import Cifar10H, Fold, SoftLabelPairs, five_folds, load_cifar10h, sample_partners
 from .corruptions import CORRUPTIONS, NUM_SEVERITIES, degrade
 from .digits import corrupt, load_digits, shift_and_dropout
@@ -22,6 +22,7 @@ __all__ = [
     "Cifar10H",
     "Fold",
     "IMAGE_SETS",
+    "JITTER_DRAWS",
     "MovingObject",
     "NUM_SEVERITIES",
     "PairWorld",

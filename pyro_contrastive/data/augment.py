@@ -13,7 +13,14 @@ from torch import Tensor
 
 from pyro_contrastive.data.digits import shift_and_dropout
 
-__all__ = ["crop_and_rotate", "crop_flip_jitter", "crop_ladder", "shift_and_flip"]
+__all__ = ["JITTER_DRAWS", "crop_and_rotate", "crop_flip_jitter", "crop_ladder", "shift_and_flip"]
+
+JITTER_DRAWS = {
+    "size": 0, "aspect": 1, "flip": 2, "x": 3, "y": 4, "brightness": 5, "contrast": 6, "saturation": 7, "grey": 8,
+    "jitter": 9, "hue": 10, "order": 11,
+}  # fmt: skip
+"""Row of every parameter of :func:`crop_flip_jitter` among its uniform numbers; the order of the changes takes four."""
+_NUM_JITTER_DRAWS = 15
 
 _LUMINANCE = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision weighs red, green and blue
 
@@ -29,6 +36,7 @@ def crop_flip_jitter(
     probability: float = 1.0,
     random_order: bool = False,
     grey: float = 0.2,
+    draw: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Random resized crop, horizontal flip and colour jitter: the views of self-supervised learning.
 
@@ -49,13 +57,15 @@ def crop_flip_jitter(
         probability: Of an image to be jittered at all, in ``[0, 1]``.
         random_order: Draw the order of the four changes for every image; else it is that above.
         grey: Probability to lose all colour at the end, in ``[0, 1]``.
+        draw: The uniform numbers of every image, ``(15, N)`` in ``[0, 1)``, in the place of fresh ones: rows
+            :data:`JITTER_DRAWS`. With them the parameters of a view are known, and views can share some or all of them.
 
     Returns:
         ``(view, fraction)``: floats in ``[0, 1]`` of the same shape, and the side of the crop relative to that of the
         image (geometric mean of both sides), ``(N,)``.
 
     Raises:
-        ValueError: If the images are not ``(N, 3, H, W)`` or a number is out of its range.
+        ValueError: If the images are not ``(N, 3, H, W)``, a number is out of its range, or ``draw`` has another shape.
 
     Example:
         >>> view, fraction = crop_flip_jitter(torch.rand(5, 3, 32, 32), torch.Generator().manual_seed(0))
@@ -67,7 +77,11 @@ def crop_flip_jitter(
         if not 0.0 <= value <= most:
             raise ValueError(f"`{name}` must be in [0, {most:g}], got {value!r}")
     images = _colour(images)
-    draw = torch.rand((15, len(images)), generator=generator, device=images.device, dtype=images.dtype)
+    shape = (_NUM_JITTER_DRAWS, len(images))
+    if draw is None:
+        draw = torch.rand(shape, generator=generator, device=images.device, dtype=images.dtype)
+    elif draw.shape != shape:
+        raise ValueError(f"`draw` must be {shape}, uniform numbers of every image, got {tuple(draw.shape)}")
     theta, fraction = _crop(draw[:5], scale, ratio)
     theta[:, :, 0] = torch.where(draw[2, :, None] < 0.5, -theta[:, :, 0], theta[:, :, 0])
     view = _resample(images, theta, "border")

@@ -261,9 +261,14 @@ def shared_latent_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFish
     return shared_latent_pairs(posterior1, posterior2).grid()
 
 
+def _matched_log_ratio(dim: int, length1: Tensor, length2: Tensor, length: Tensor, cosine: Tensor) -> Tensor:
+    rho, cosine = torch.broadcast_tensors(length1 * length2 * length, cosine)
+    return matched_log_density(dim, rho, cosine)
+
+
 def _moment_matched(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
     (mu1, length1), (mu2, length2) = rows, columns
-    return matched_log_density(mu1.shape[-1], length1 * length2.mT * shared[0], matmul(mu1, mu2.mT))
+    return on_grid(_matched_log_ratio, mu1.shape[-1], length1, length2.mT, shared, matmul(mu1, mu2.mT))
 
 
 def moment_matched_pairs(posterior1: VonMisesFisher, posterior2: VonMisesFisher, concentration: Tensor) -> Pairs:

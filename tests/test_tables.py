@@ -9,8 +9,8 @@ import torch
 
 from pyro_contrastive.distributions import VonMisesFisher
 from pyro_contrastive.factors import infonce_log_ratio
-from pyro_contrastive.kernels import expected_pairs
-from pyro_contrastive.ops import tables
+from pyro_contrastive.kernels import _matched_log_ratio, expected_pairs
+from pyro_contrastive.ops import bessel_ratio, tables
 from pyro_contrastive.ops.series import expected_kernel_log_ratio, shared_latent_kernel_log_ratio
 from pyro_contrastive.ops.tables import on_grid
 
@@ -155,6 +155,21 @@ def test_a_table_of_inference_mode_serves_training():
     again = on_grid(expected_kernel_log_ratio, 127, k1.requires_grad_(), k2, (torch.tensor(20.0),), cosine)
     again.sum().backward()
     assert torch.equal(again.detach(), first) and k1.grad.isfinite().all()
+
+
+def test_the_moment_matched_evidence_takes_a_table():
+    k1, k2, cosine = items(128, (16.0, 64.0))
+    lengths = [bessel_ratio(128, k.double()) for k in (k1, k2, torch.tensor(20.0))]
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in (*lengths, cosine)]
+        value = on_grid(_matched_log_ratio, 128, *leaves[:2], (leaves[2],), leaves[3])
+        results.append([value, *torch.autograd.grad(value.logsumexp(-1).sum(), leaves)])
+    assert "View" in str(results[0][0].grad_fn)
+    (got, *gradients), (want, *wanted) = results
+    assert (got - want).abs().max() < 1e-4
+    for a, b in zip(gradients, wanted, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
 
 @pytest.mark.parametrize("kappa", [20.0, math.inf])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 
 from pyro_contrastive import diagnostics, guides, models, nets
 from pyro_contrastive.data import AnisotropicBatch, AnisotropicWorld, bimodal_precision, linear_precision
+from pyro_contrastive.distributions import VonMisesFisher
 from pyro_contrastive.fit import fit
+from pyro_contrastive.kernels import moment_matched_anisotropic_pairs
+from pyro_contrastive.models.aninfonce import pair_log_ratio
 from pyro_contrastive.ops.random import derived_seed, seeded
 
 SCORED = 8_192
@@ -104,10 +108,14 @@ ROWS: dict[str, Row] = {
     "ensemble": Row("both families, one encoder", BLOCKS, method="ensemble", **SHORT),
     "ambiguous": Row(
         "kappa 16 to 64, Lambda stated, moment-matched", LINEAR, AMBIGUOUS,
+        options={**STATED, "evidence": "moment_matched"}, steps=5_000, lr=6e-3,
+    ),
+    "ambiguous-short": Row(
+        "the same, a short run", LINEAR, AMBIGUOUS,
         options={**STATED, "evidence": "moment_matched"}, steps=1_000, batch_size=128,
     ),
     "ambiguous-k16": Row(
-        "the same, K = 16 samples", LINEAR, AMBIGUOUS,
+        "the short run with K = 16 samples", LINEAR, AMBIGUOUS,
         options={**STATED, "evidence": "k_sample"}, steps=1_000, batch_size=128,
     ),
     "ambiguous-equal": Row(
@@ -196,6 +204,24 @@ def score(model: Any, guide: Any, world: AnisotropicWorld, row: Row, seed: int) 
     order = list(range(world.dim)) if row.start == "oracle" else axes.assignment.tolist()
     kept = {"precision": learned[0].tolist(), "truth": truth[0].tolist(), "assignment": order}
     return scores | errors | kept | (_widths(posterior, test) if row.ambiguous else {})
+
+
+@torch.no_grad()
+def likelihood_of_scales(scales: Sequence[float], *, batches: int = 40) -> dict[float, float]:
+    """Moment-matched likelihood at the exact posteriors' directions and their concentrations times a scale.
+
+    Returns:
+        Nats per pair by scale, in the world of the row "ambiguous": largest at 1 if the approximation is good enough.
+    """
+    world = AnisotropicWorld(LINEAR, **AMBIGUOUS)
+    totals = dict.fromkeys(scales, 0.0)
+    for seed in range(batches):
+        batch = world.sample(256, seed=seed)
+        for scale in scales:
+            first, second = (VonMisesFisher(batch.mean_direction[i], scale * batch.concentration[i]) for i in (0, 1))
+            pairs = partial(moment_matched_anisotropic_pairs, precision=world.precision[0])
+            totals[scale] += float(pair_log_ratio(pairs, first, second).mean()) / batches
+    return totals
 
 
 def _widths(posterior: Any, test: AnisotropicBatch) -> dict[str, float]:

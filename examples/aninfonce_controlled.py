@@ -3,7 +3,8 @@
 ``python examples/aninfonce_controlled.py --out runs/aninfonce`` runs every row with seeds 0 to 4 and writes one JSON
 file per run. Files that are there are not run again, so it can be interrupted and repeated. ``--table FILE.md`` writes
 the tables of what is there, below the text of the page, and the runs themselves into FILE.json; it runs nothing.
-``--figure FILE.png`` draws learned against true precisions of the rows chosen.
+``--figure FILE.png`` draws learned against true precisions of the rows chosen. ``--scales .85 1 1.15`` prints the
+likelihood at the exact posteriors of the row "ambiguous", concentrations times a scale.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, median
 
-from _aninfonce import ROWS, run
+from _aninfonce import ROWS, likelihood_of_scales, run
 from _runs import save_run, write_all_runs, write_tables
 
 from pyro_contrastive import diagnostics
@@ -49,6 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a few steps: shows that it runs")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the Markdown tables of what is in --out")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the precisions of what is in --out")
+    parser.add_argument("--scales", nargs="+", type=float, metavar="S", help="print the likelihood at these scales")
     args = parser.parse_args(argv)
     args.rows = [name for name in ROWS if any(fnmatch.fnmatch(name, pattern) for pattern in args.rows)]
     if not args.rows:
@@ -127,5 +129,7 @@ if __name__ == "__main__":
     if arguments.table is not None:
         write_tables(arguments.table, MARKER, table(arguments.out, arguments.rows))
         write_all_runs(arguments.table.with_suffix(".json"), arguments.out)
-    if arguments.table is None and arguments.figure is None:
+    for scale, nats in (likelihood_of_scales(arguments.scales) if arguments.scales else {}).items():
+        print(f"{scale:<6g} {nats:.4f} nats per pair")
+    if arguments.table is None and arguments.figure is None and arguments.scales is None:
         main(arguments)

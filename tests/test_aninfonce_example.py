@@ -51,6 +51,11 @@ def test_the_rows_are_what_they_say(example):
             assert [p.shape for p in model.parameters() if p.requires_grad] == [(world.dim,)]
 
 
+def test_the_matched_likelihood_is_largest_at_the_exact_widths(example):
+    nats = example("_aninfonce").likelihood_of_scales([0.5, 1.0, 2.0], batches=10)  # the same batches: .05 nats apart
+    assert max(nats, key=nats.get) == 1.0
+
+
 def test_an_unknown_row_is_refused(example, capsys):
     with pytest.raises(SystemExit):
         example("aninfonce_controlled").parse(["--rows", "bimodel"])

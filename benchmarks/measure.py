@@ -107,7 +107,7 @@ def row(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The common table as text."""
-    lines = [f"{'task':<34}{'setting':<26}{'ours':>12}  {'peer':<34}{'theirs':>12}{'ratio':>8}{'goal':>9}  met"]
+    lines = [f"{'task':<34}{'setting':<26}{'ours':>12}    {'peer':<34}{'theirs':>12}{'ratio':>8}{'goal':>9}  met"]
     for r in rows:
         theirs, ratio = "" if "too large" in r["peer"] else NOT_INSTALLED, ""
         if r["theirs"] is not None:
@@ -116,7 +116,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         met = {None: "", True: "yes", False: "no"}[r["met"]]
         ceiling = "" if r["of_ceiling"] is None else f"  {100 * r['of_ceiling']:.0f} % of ceiling"
         lines.append(
-            f"{r['task']:<34}{r['setting']:<26}{r['ours']:>10.4g} {r['unit']:<2}{r['peer']:<34}{theirs:>12}{ratio:>8}"
+            f"{r['task']:<34}{r['setting']:<26}{r['ours']:>10.4g} {r['unit']:<5}{r['peer']:<34}{theirs:>12}{ratio:>8}"
             f"{goal:>9}  {met:<3}{ceiling}"
         )
     return "\n".join(lines)

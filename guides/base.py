@@ -12,6 +12,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pyro_contrastive.encoding import Precision, encode
 from pyro_contrastive.modules import Module
 from pyro_contrastive.nets import feature_size
 
@@ -46,9 +47,12 @@ class _Pass:
         return 0 if tensor.is_inference() else tensor._version
 
     def _stamp(self, module: nn.Module) -> Any:
+        parts = list(module.modules())  # one walk; `parameters()` would be another, and this runs thrice a step
         return (
-            tuple((id(p), p.data_ptr(), self._version(p)) for p in module.parameters()),
-            tuple(m.training for m in module.modules()),
+            tuple(
+                (id(p), p.data_ptr(), self._version(p)) for m in parts for p in m._parameters.values() if p is not None
+            ),
+            tuple(m.training for m in parts),
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled("cuda"),
@@ -108,12 +112,21 @@ class RecognitionGuide(Module):
             parameters). Features behind a rectifier are all positive, so without it all directions start near one
             another, and from d = 32 on a fit may never get them apart. Needs two items or more in training mode.
 
+    Attributes:
+        chunk_size: items that the encoder sees at a time, None (default) for all of a batch. The features are then
+            standardised, and the loss is taken, over the whole batch, with the memory of one chunk; see
+            :func:`~pyro_contrastive.encoding.encode`.
+        precision: of the encoder, ``"float32"`` (default), ``"bfloat16"`` or ``"float16"``; everything behind it stays
+            in float32. ``fit(..., chunk_size=..., precision=...)`` sets both for one run.
+
     Raises:
         TypeError: for an encoder that is not a module.
         ValueError: for ``dim`` < 2, or a width that cannot be read off or is < 1.
     """
 
     _least_dim: ClassVar[int] = 2
+    chunk_size: int | None = None
+    precision: Precision = "float32"
 
     def __init__(self, encoder: nn.Module, dim: int, *, features: int | None = None, batch_norm: bool = True) -> None:
         super().__init__()
@@ -137,7 +150,7 @@ class RecognitionGuide(Module):
         raise NotImplementedError
 
     def _encode(self, x: Tensor) -> Tensor:
-        features = self.encoder(x)
+        features = encode(self.encoder, x, chunk_size=self.chunk_size, precision=self.precision)
         if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[-1] != self.features:
             if not isinstance(features, Tensor):
                 got, way_out = type(features).__name__, "wrap it in a module that returns the features only"
@@ -200,7 +213,7 @@ class RecognitionGuide(Module):
             raise ValueError("views must hold at least one item, got none")
         encoder = self._modules["encoder"]  # the attribute would make Pyro register its parameters
         assert encoder is not None
-        if any(is_lazy(parameter) for parameter in encoder.parameters()):
+        if any(is_lazy(p) for m in encoder.modules() for p in m._parameters.values() if p is not None):
             raise ValueError(
                 "the encoder has lazy parameters that no input has shaped yet, which Pyro cannot register; "
                 "call guide.posterior(x) once before training"

@@ -2,55 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
-from pyro.distributions import Unit
-from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pyro_contrastive.ops.random import get_random_state, set_random_state
 
-NEVER = torch.iinfo(torch.int64).max
+__all__ = ["FitState"]
 
-
-class FactorRecorder(Messenger):
-    """Sum every factor site during the pass that trains, so that no second pass is needed to show it.
-
-    Attributes:
-        sums: Scalar tensors by site name, detached. Factors of the guide count negatively, as in the ELBO. A factor
-            with a value per state of an enumerated latent has no sum that would be a part of the ELBO: it is left out.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sums: dict[str, Tensor] = {}
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        fn = msg["fn"]
-        if isinstance(fn, Unit) and not _enumerated(msg):
-            value = scale_and_mask(fn.log_factor.detach(), msg["scale"], msg["mask"]).sum()
-            in_guide = "has_rsample" in vars(fn)  # Pyro asks for it in guides, and only there
-            self.sums[msg["name"]] = self.sums.get(msg["name"], 0) + (-value if in_guide else value)
-
-
-def _enumerated(msg: Any) -> bool:
-    """Whether a site has more batch dimensions than its plates explain: Pyro put the states of a latent there."""
-    plates = [-frame.dim for frame in msg["cond_indep_stack"] if frame.vectorized]
-    return bool(plates) and msg["fn"].log_factor.dim() > max(plates)
+Weights = dict[str, dict[str, Any]]  # "modules": state dicts by role; "extra": tensors by name
 
 
 class FitState:
-    """Parameters, optimiser, position in the data, random state, history.
+    """Weights, their average, optimiser, position in the data, random state, history, the best validation.
 
     Args:
         modules: The modules of the pair by role.
         extra: Parameters that live in Pyro's store, by name.
         optimizer: The optimiser.
         device: Where everything is.
+        ema: Decay of the average of the weights. None: no average.
+        scaler: Of the loss, for float16.
     """
 
     def __init__(
@@ -59,19 +36,40 @@ class FitState:
         extra: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
         device: torch.device,
+        *,
+        ema: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         nested = set(modules["model"].modules()) if "model" in modules else set()
         self.modules = {k: module for k, module in modules.items() if k == "model" or module not in nested}
         self.extra = extra
         self.optimizer = optimizer
         self.device = device
+        self.scaler = scaler
         self.step = self.epoch = self.batch = 0
         self.random_state = get_random_state(device)
         self.epoch_random_state = self.random_state
         self.history: dict[str, list[float]] = {}
+        self.validations: dict[str, list[float]] = {}
+        self.best: dict[str, Any] | None = None
+        self.stale = 0
+        self.decay = ema
+        self.average: Weights | None = None if ema is None else _copied(self._weights())
         self._sums: dict[str, Tensor] = {}
         self._count = 0
-        self._first_bad = torch.full((), NEVER, device=device)
+
+    def _weights(self) -> Weights:
+        return {
+            "modules": {name: dict(module.state_dict()) for name, module in self.modules.items()},
+            "extra": {name: value.detach() for name, value in self.extra.items()},
+        }
+
+    def _load_weights(self, weights: Mapping[str, Any]) -> None:
+        for name, module in self.modules.items():
+            module.load_state_dict(weights["modules"][name])
+        with torch.no_grad():
+            for name, value in self.extra.items():
+                value.copy_(weights["extra"][name])
 
     def copy(self) -> dict[str, Any]:
         """Copy everything out, ready for a checkpoint.
@@ -79,19 +77,22 @@ class FitState:
         Returns:
             Tensors, numbers and strings that share no memory with the live state.
         """
-        return copy.deepcopy(
+        return _copied(
             {
-                "modules": {name: dict(module.state_dict()) for name, module in self.modules.items()},
-                "extra": {name: value.detach() for name, value in self.extra.items()},
+                **self._weights(),
+                "average": self.average,
                 "optimizer": self.optimizer.state_dict(),
+                "scaler": None if self.scaler is None else self.scaler.state_dict(),
                 "position": {"step": self.step, "epoch": self.epoch, "batch": self.batch},
                 "random_state": self.random_state,
                 "epoch_random_state": self.epoch_random_state,
                 "history": self.history,
+                "validations": self.validations,
+                "stale": self.stale,
                 "sums": self._sums,
                 "count": self._count,
             }
-        )
+        ) | {"best": self.best}  # never changed in place
 
     def load(self, payload: Mapping[str, Any]) -> None:
         """Put a copy back, PyTorch's global random state included.
@@ -106,21 +107,20 @@ class FitState:
         if set(payload["extra"]) != set(self.extra) or set(payload["modules"]) != set(self.modules):
             found = sorted([*payload["extra"], *payload["modules"]])
             raise RuntimeError(f"it holds {found}, expected {sorted([*self.extra, *self.modules])}")
-        payload = copy.deepcopy(dict(payload))
-        for name, module in self.modules.items():
-            module.load_state_dict(payload["modules"][name])
-        with torch.no_grad():
-            for name, value in self.extra.items():
-                value.copy_(payload["extra"][name])
+        payload = {**_copied({k: v for k, v in payload.items() if k != "best"}), "best": payload.get("best")}
+        self._load_weights(payload)
+        self.average = _moved(payload.get("average"), self.device)
         self.optimizer.load_state_dict(payload["optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(payload["scaler"])
         position = payload["position"]
         self.step, self.epoch, self.batch = position["step"], position["epoch"], position["batch"]
         self.random_state, self.epoch_random_state = payload["random_state"], payload["epoch_random_state"]
         set_random_state(self.random_state, self.device)
-        self.history = payload["history"]
+        self.history, self.validations = payload["history"], payload.get("validations", {})
+        self.best, self.stale = payload["best"], payload.get("stale", 0)
         self._sums = {name: value.to(self.device) for name, value in payload["sums"].items()}
         self._count = payload["count"]
-        self._first_bad.fill_(NEVER)
 
     def advance(self, values: Mapping[str, Tensor]) -> None:
         """Count one step; nothing here waits for the device.
@@ -133,40 +133,116 @@ class FitState:
         self._count += 1
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        bad = ~torch.isfinite(values["loss"])
-        self._first_bad = torch.where(bad, self._first_bad.clamp(max=self.step), self._first_bad)
+        if self.average is not None:
+            self._average()
         self.random_state = get_random_state(self.device)
 
-    def is_finite(self) -> bool:
-        """Whether every parameter and buffer is finite. Waits for the device."""
-        tensors = [value for module in self.modules.values() for value in module.state_dict().values()]
-        tensors = [value for value in (*tensors, *self.extra.values()) if value.is_floating_point()]
-        return bool(torch.stack([torch.isfinite(value).all() for value in tensors]).all()) if tensors else True
+    def _average(self) -> None:
+        """Move the average towards the weights, floating buffers included; at first faster than ``decay`` says."""
+        assert self.decay is not None
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        pairs = list(zip(_tensors(self.average), _tensors(self._weights()), strict=True))
+        floating = [(mean, now) for mean, now in pairs if mean.is_floating_point()]
+        for mean, now in pairs:
+            if not mean.is_floating_point():
+                mean.copy_(now)
+        for dtype in {mean.dtype for mean, _ in floating}:
+            means, values = zip(*(pair for pair in floating if pair[0].dtype == dtype), strict=True)
+            get_ema_multi_avg_fn(decay)(list(means), list(values), None)
 
-    def find_problem(self) -> str | None:
-        """Say what is not finite, if anything. Waits for the device.
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Lend the average to the pair, and give it back its own weights at the end."""
+        own = _copied(self._weights())
+        assert self.average is not None
+        self._load_weights(self.average)
+        try:
+            yield
+        finally:
+            self._load_weights(own)
 
-        Returns:
-            The first step whose loss was not finite, or that a parameter is not; None if all is well.
+    def needs_validation(self, every: int, total: int) -> bool:
+        """Say whether a validation is due after this step, and was not made yet.
+
+        Args:
+            every: Steps between two of them.
+            total: Steps of the run; after the last one there is always one.
         """
-        first_bad = int(self._first_bad)
-        if first_bad != NEVER:
-            return f"the loss was not finite in step {first_bad}"
-        return None if self.is_finite() else f"a parameter or buffer was not finite after step {self.step}"
+        due = self.step > 0 and (self.step % every == 0 or self.step >= total)
+        return due and self.validations.get("step", [0.0])[-1] != self.step
 
-    def log(self, lr: float) -> str:
+    def judge(self, row: Mapping[str, float], monitor: str | None, direction: Literal["min", "max"]) -> None:
+        """Write a row of validation metrics down, and keep weights that are the best so far.
+
+        Args:
+            row: Metrics by name.
+            monitor: The one that decides. None: none does.
+            direction: Which values of it are better.
+        """
+        for name, value in {"step": float(self.step), **row}.items():
+            self.validations.setdefault(name, []).append(value)
+        if monitor is None:
+            return
+        value, sign = row[monitor], 1.0 if direction == "min" else -1.0
+        if not math.isnan(value) and (self.best is None or sign * value < sign * self.best["value"]):
+            self.stale = 0
+            weights = _copied({**self._weights(), "average": self.average})
+            self.best = {"step": self.step, "value": value, **weights}
+        else:
+            self.stale += 1
+
+    def put_back_best(self) -> None:
+        """Load the weights, and their average, that the best validation saw; nothing else changes."""
+        if self.best is not None:
+            self._load_weights(self.best)
+            self.average = _moved(_copied(self.best["average"]), self.device)
+
+    def is_finite(self, *, buffers: bool = True) -> bool:
+        """Say whether every parameter is finite. Waits for the device.
+
+        Args:
+            buffers: Look at the buffers as well.
+        """
+        named = {"modules": {k: dict(v.named_parameters()) for k, v in self.modules.items()}, "extra": dict(self.extra)}
+        values = [value for value in _tensors(self._weights() if buffers else named) if value.is_floating_point()]
+        return bool(torch.stack([torch.isfinite(value).all() for value in values]).all()) if values else True
+
+    def log(self, lr: float) -> dict[str, float]:
         """Close a row of the history: means since the row before. Waits for the device.
 
         Args:
             lr: Learning rate to write down.
 
         Returns:
-            The row as text for a progress bar.
+            The row: the learning rate, the loss and its parts in nats per pair.
         """
         names = list(self._sums)
         means = (torch.stack([self._sums[name].float() for name in names]) / self._count).tolist()
-        row = dict(zip(names, means, strict=True))
-        for name, value in {"step": self.step, "lr": lr, **row}.items():
+        row = {"lr": lr, **dict(zip(names, means, strict=True))}
+        for name, value in {"step": self.step, **row}.items():
             self.history.setdefault(name, []).append(value)
         self._sums, self._count = {}, 0
-        return " ".join(f"{name} {value:.3f}" for name, value in row.items()) + " nats"
+        return row
+
+
+def _copied(value: Any) -> Any:
+    """Copy containers and tensors; far cheaper than ``copy.deepcopy`` on a long history."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: _copied(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return value[:] if value and isinstance(value[0], (float, int)) else [_copied(entry) for entry in value]
+    return tuple(_copied(entry) for entry in value) if isinstance(value, tuple) else value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _moved(entry, device) for key, entry in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Mapping):
+        return [tensor for entry in value.values() for tensor in _tensors(entry)]
+    return [value] if isinstance(value, Tensor) else []

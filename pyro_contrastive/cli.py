@@ -10,12 +10,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from pyro_contrastive import __version__
-from pyro_contrastive.checkpoint import CheckpointError, load_checkpoint
+from pyro_contrastive._fit_settings import check_precision
+from pyro_contrastive.checkpoint import CheckpointError, fitted_weights, load_checkpoint
+from pyro_contrastive.encoding import Precision, check_encoding
 from pyro_contrastive.fit import fit, pick_device
 from pyro_contrastive.registry import DATA, EVIDENCES, GUIDES, METHODS, Run, RunConfig
 
@@ -95,6 +97,17 @@ def _parser() -> argparse.ArgumentParser:
     length.add_argument("--steps", type=int, metavar="N", help="optimiser steps (default: suits the data)")
     length.add_argument("--epochs", type=int, metavar="N", help="passes over the training images instead of --steps")
     sub.add_argument("--seed", type=int, default=0, help="of weights, views and training (default: %(default)s)")
+    sub.add_argument("--precision", default="float32", choices=get_args(Precision), help="of the encoder")
+    sub.add_argument(
+        "--chunk-size", type=int, metavar="N", help="items per pass of the encoder: large batches, less memory"
+    )
+    sub.add_argument(
+        "--ema", type=float, metavar="DECAY", help="average the weights, for instance .999, and judge that"
+    )
+    sub.add_argument(
+        "--patience", type=int, metavar="N", help="stop after N validations (50 per run) without a better held-out loss"
+    )
+    sub.add_argument("--deterministic", action="store_true", help="deterministic algorithms only")
     _common(sub)
     sub.add_argument(
         "--resume",
@@ -155,18 +168,28 @@ def _fit(args: argparse.Namespace) -> int:
             config = replace(config, steps=args.epochs * len(_build(config).batches(torch.device("cpu"))))  # type: ignore[arg-type]
     except ValueError as error:
         raise UsageError(error) from error
-    code = _train(config, args.out, _device(args.device), resume=args.resume, quiet=args.quiet)
+    options = {"chunk_size": args.chunk_size, "deterministic": args.deterministic}
+    code = _train(config, args.out, _device(args.device), resume=args.resume, quiet=args.quiet, **options)
     if code == OK and not args.quiet:
         print(f"wrote {args.out}/checkpoint.pt; judge it with: pyro-contrastive report {args.out}")
     return code
 
 
 def _train(
-    config: RunConfig, out: Path, device: torch.device, *, resume: bool = True, quiet: bool = False, label: str = "fit"
+    config: RunConfig,
+    out: Path,
+    device: torch.device,
+    *,
+    resume: bool = True,
+    quiet: bool = False,
+    label: str = "fit",
+    **options: Any,
 ) -> int:
     run = _build(config)
     try:
-        batches = run.batches(device)
+        check_encoding(options.get("chunk_size"), config.precision)
+        check_precision(config.precision, device)
+        batches, validation = run.batches(device), run.validation(device)
     except ValueError as error:
         raise UsageError(error) from error
     assert config.lr is not None
@@ -180,10 +203,14 @@ def _train(
         lr=config.lr,
         seed=config.seed,
         device=device,
+        precision=config.precision,  # type: ignore[arg-type]
+        ema=config.ema,
+        validation=validation,
         out=out,
         resume=resume,
         config=config.as_dict(),
         progress=False if quiet else label,
+        **options,
     )
     history = {name: [_plain(value) for value in column] for name, column in result.history.items()}
     (out / "history.json").write_text(json.dumps(history) + "\n")
@@ -206,14 +233,14 @@ def _load(out: Path, device: torch.device) -> Run:
     path = out / "checkpoint.pt"
     try:
         state = load_checkpoint(path, expected_config=config.as_dict())
-        run.model.load_state_dict(state["modules"]["model"])
+        run.model.load_state_dict(fitted_weights(state, ema=config.ema is not None)["model"])
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; fit the run first") from None
     except (KeyError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} does not fit the run of {out}/config.json: {error}") from error
-    if state["position"]["step"] < (config.steps or 0):
+    if not state.get("done") and state["position"]["step"] < (config.steps or 0):
         print(f"note: {out} stopped after step {state['position']['step']} of {config.steps}", file=sys.stderr)
     run.model.to(device).eval()
     return run

@@ -10,7 +10,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,16 +20,28 @@ from typing import Any, Literal
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_contrastive._fit_state import FactorRecorder, FitState
+from pyro_contrastive._fit_data import peek, stream, to_views, total_steps
+from pyro_contrastive._fit_problem import replay_bad_batch, save_bad_batch
+from pyro_contrastive._fit_settings import (
+    check_arguments,
+    check_precision,
+    deterministic_algorithms,
+    encoder_options,
+    pick_device,
+)
+from pyro_contrastive._fit_state import FitState
+from pyro_contrastive._fit_step import Breakdown, GradientStep
 from pyro_contrastive.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from pyro_contrastive.encoding import Precision
 from pyro_contrastive.modules import keep_parameters_local
-from pyro_contrastive.ops.random import get_random_state, seed_generators, seeded, set_random_state
+from pyro_contrastive.ops.random import derived_seed, seed_generators, seeded
 from pyro_contrastive.schedules import SCHEDULES
+from pyro_contrastive.trackers import Tracker
+from pyro_contrastive.validation import Validation, default_elbo
 
-__all__ = ["FitResult", "fit", "pick_device"]
+__all__ = ["FitResult", "fit", "pick_device", "replay_bad_batch"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +54,16 @@ class FitResult:
         history: One list per column: ``step``, ``loss`` (nats per pair, mean since the row before), ``lr``, and the
             parts of the ELBO: one column per factor site of the model, and ``latents`` (everything else: priors minus
             entropies). The parts add up to minus the loss.
-        step: Optimiser steps that the parameters have seen.
-        status: ``"done"``; ``"diverged"`` (stopped on a non-finite number, last good state put back);
-            ``"interrupted"`` (Ctrl-C, or ``max_seconds`` were over).
+        step: Optimiser steps that the parameters have seen; after validation with a ``monitor``, those of the best.
+        status: ``"done"``, early stopping included; ``"diverged"`` (stopped on a non-finite number, last good state put
+            back); ``"interrupted"`` (Ctrl-C, or ``max_seconds`` were over).
         message: What happened, for a person.
         seconds: Wall time of this call.
         device: Where the modules are.
         checkpoint: The file that was written, or None without ``out``.
+        validations: Like the history, a row per validation: ``step`` and the metrics. Empty without validation.
+        ema: Averaged weights: state dicts by role (``"model"``, which holds the guide if it has it as a part,
+            ``"guide"``). None without ``ema``.
     """
 
     model: Callable[..., Any]
@@ -59,29 +75,19 @@ class FitResult:
     seconds: float
     device: torch.device
     checkpoint: Path | None
+    validations: dict[str, list[float]]
+    ema: dict[str, dict[str, Tensor]] | None
 
+    def load_ema(self) -> None:
+        """Put the averaged weights into the modules.
 
-def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """Turn a name into a device.
-
-    Args:
-        device: ``"auto"`` (CUDA when there is one, else the CPU) or anything ``torch.device`` takes.
-
-    Returns:
-        The device.
-
-    Raises:
-        ValueError: If the name is unknown, or CUDA is asked for and there is none.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"`device` must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}") from error
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"`device` is {str(device)!r}, but PyTorch sees no CUDA device; pass 'auto' or 'cpu'")
-    return picked
+        Raises:
+            ValueError: If the fit kept none.
+        """
+        if self.ema is None:
+            raise ValueError("this fit kept no averaged weights; call it with `ema=0.999`, for instance")
+        for name, weights in self.ema.items():
+            getattr(self, name).load_state_dict(weights)
 
 
 def fit(
@@ -97,6 +103,11 @@ def fit(
     schedule: str | Callable[[float], float] = "cosine",
     clip_norm: float | None = None,
     elbo: Any = None,
+    chunk_size: int | None = None,
+    precision: Precision = "float32",
+    ema: float | None = None,
+    validation: Validation | None = None,
+    deterministic: bool = False,
     seed: int = 0,
     device: str | torch.device = "auto",
     out: str | Path | None = None,
@@ -105,6 +116,7 @@ def fit(
     max_seconds: float | None = None,
     config: Mapping[str, Any] | None = None,
     log_every: int | None = None,
+    tracker: Tracker | None = None,
     progress: bool | str = True,
 ) -> FitResult:
     """Fit a model/guide pair to views by gradient ascent on the ELBO.
@@ -129,9 +141,18 @@ def fit(
         clip_norm: Largest norm of the gradient, ``> 0``. None: no clipping.
         elbo: A fresh Pyro objective. Default: ``model.objective()`` of a model that has one of its own, else
             ``Trace_ELBO(max_plate_nesting=1)``.
+        chunk_size: Items that the encoder sees at a time, ``>= 1``: the loss of the whole batch with the memory of one
+            chunk, see :func:`~pyro_contrastive.encoding.encode`. None: as the guide says (by default all at once).
+        precision: Of the encoder: ``"float32"``, ``"bfloat16"``, or ``"float16"`` (CUDA only, with a scaled loss).
+            Laws, factors and evidence stay in float32.
+        ema: Decay in ``(0, 1)`` of an exponential average of all weights and buffers over the steps, ``result.ema``;
+            in step t it is at most ``(1 + t) / (10 + t)``. None: no average.
+        validation: What is measured during the run, and whether it stops early; see
+            :class:`~pyro_contrastive.validation.Validation`.
+        deterministic: Use deterministic algorithms only, and fail where there is none (the CPU needs it rarely).
         seed: Seed of everything random in the run but the data.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
-        out: Folder for ``checkpoint.pt``. None: no file is written.
+        out: Folder for ``checkpoint.pt``, and ``bad_batch.pt`` if the run breaks down. None: no file is written.
         resume: Go on from the checkpoint in ``out`` when there is one. On one CPU the result is bit for bit that of an
             uninterrupted run if ``data`` gives the same batches again (PyTorch's global random state, which a
             ``DataLoader`` uses, is replayed).
@@ -141,13 +162,15 @@ def fit(
         config: Numbers and strings of yours that identify the run; kept in the checkpoint, and a checkpoint with
             other values is refused.
         log_every: Steps per row of the history, ``>= 1``. Default: 50 rows, but at most 50 steps each.
+        tracker: Takes the rows of history and validations as they come; see :mod:`pyro_contrastive.trackers`.
         progress: Show a progress bar; a string is its label.
 
     Returns:
         The fitted pair with its history and how the run ended.
 
     Raises:
-        ValueError: If an argument is out of its range, or ``data`` ends before ``steps``.
+        ValueError: If an argument is out of its range or does not go with another, or ``data`` ends before ``steps``.
+        TypeError: If ``validation`` or ``tracker`` is something else.
         CheckpointError: If the checkpoint in ``out`` is unreadable or belongs to another configuration.
 
     Warns:
@@ -167,32 +190,28 @@ def fit(
     """
     started = time.monotonic()
     deadline = started + (math.inf if max_seconds is None else max_seconds)
-    total = _total_steps(data, epochs, steps)
-    for name, value in (("lr", lr), ("clip_norm", 1.0 if clip_norm is None else clip_norm)):
-        if not value > 0.0:
-            raise ValueError(f"`{name}` must be > 0, got {value!r}")
-    if max_seconds is not None and not max_seconds >= 0.0:
-        raise ValueError(f"`max_seconds` must be >= 0 or None, got {max_seconds!r}")
-    if log_every is None:
-        log_every = max(1, min(50, total // 50))
-    elif log_every < 1:
-        raise ValueError(f"`log_every` must be >= 1 step, got {log_every!r}")
-    if not callable(schedule) and schedule not in SCHEDULES:
-        raise ValueError(f"`schedule` must be a function or one of {sorted(SCHEDULES)}, got {schedule!r}")
+    total = total_steps(data, epochs, steps)
+    log_every = max(1, min(50, total // 50)) if log_every is None else log_every
+    check_arguments(lr, clip_norm, max_seconds, log_every, schedule, ema, validation, tracker)
     factor = schedule if callable(schedule) else SCHEDULES[schedule]
     target = pick_device(device)
+    check_precision(precision, target)
     path = None if out is None else Path(out) / "checkpoint.pt"
-    if elbo is None:
-        elbo = model.objective() if hasattr(model, "objective") else Trace_ELBO(max_plate_nesting=1)
+    elbo = default_elbo(model) if elbo is None else elbo
 
     modules = {name: part for name, part in (("model", model), ("guide", guide)) if isinstance(part, nn.Module)}
     for part in modules.values():
         keep_parameters_local(part.to(target))
     objective = elbo(model, guide)
 
-    with pyro.settings.context(module_local_params=True), seeded(seed, target):
-        first, data = _peek(data)
-        extra = _create_parameters(objective, modules, _views(first, num_views, target))
+    with (
+        pyro.settings.context(module_local_params=True),
+        seeded(seed, target),
+        deterministic_algorithms(deterministic, target),
+        encoder_options(modules, chunk_size, precision),
+    ):
+        first, data = peek(data)
+        extra = _create_parameters(objective, modules, to_views(first, num_views, target))
         parameters = [p for p in chain(objective.parameters(), extra.values()) if p.requires_grad]
         if not parameters:
             raise ValueError(
@@ -208,24 +227,22 @@ def fit(
             "schedule": schedule if isinstance(schedule, str) else _name(schedule),
             "seed": seed,
             **({} if schedule == "constant" else {"steps": total}),
+            "precision": None if precision == "float32" else precision,
+            "ema": ema,
+            "monitor": None if validation is None else validation.monitor,
             **(config or {}),
         }
         seed_generators(seed, target)
-        state = FitState(modules, extra, optim, target)
+        scaler = torch.amp.GradScaler(target.type) if precision == "float16" else None
+        state = FitState(modules, extra, optim, target, ema=ema, scaler=scaler)
         if path is not None and resume and path.exists():
-            try:
-                state.load(load_checkpoint(path, expected_config=settings))
-            except (KeyError, ValueError, RuntimeError) as error:
-                if isinstance(error, CheckpointError):
-                    raise
-                reason = str(error).strip().split("\n")[-1].strip()
-                raise CheckpointError(
-                    f"{path} does not fit this pair: {reason}; pass resume=False to start anew"
-                ) from error
+            _resume(state, path, settings)
+        step = GradientStep(objective, getattr(elbo, "num_particles", 1), optim, parameters, state, clip_norm=clip_norm)
 
-        def save(payload: dict[str, Any]) -> None:
+        def save(payload: dict[str, Any], done: bool = False) -> None:
+            """Write the checkpoint: every file of a run but `bad_batch.pt` is written here."""
             if path is not None:
-                save_checkpoint(path, {**payload, "config": settings})
+                save_checkpoint(path, {**payload, "done": done, "config": settings})
 
         status: Literal["done", "diverged", "interrupted"] = "done"
         message = f"{total} steps"
@@ -239,91 +256,101 @@ def fit(
         bar.set_description_str(progress if isinstance(progress, str) else "fit")
         try:
             with pyro.validation_enabled(False):  # the dry call was validated; here every check would stop the device
-                batches = _stream(data, state)
-                while state.step < total:
-                    views = _views(next(batches), num_views, target)
+                batches = stream(data, state)
+                while True:
+                    if validation is not None and state.needs_validation(validation.every, total):
+                        with state.averaged() if validation.use_ema else nullcontext():
+                            metrics = validation.measure(model, guide, derived_seed(seed, 0), target)
+                        state.judge(metrics, validation.monitor, validation.best)
+                        _track(tracker, "validation", metrics, state.step)
+                    patience = math.inf if validation is None or validation.patience is None else validation.patience
+                    if state.step >= total or state.stale >= patience:
+                        break
+                    views = to_views(next(batches), num_views, target)
                     for group, base in zip(optim.param_groups, base_lrs, strict=True):
                         group["lr"] = base * factor(state.step / total)
-                    problem, over = None, False
                     try:
-                        losses = _gradient_step(objective, elbo, optim, parameters, views, clip_norm)
-                    except (ValueError, RuntimeError) as error:  # NaN parameters may be refused by a distribution
-                        if state.is_finite():
-                            raise
-                        problem = f"{type(error).__name__} in step {state.step + 1}: {str(error).splitlines()[0]}"
-                    else:
-                        state.advance(losses)
+                        state.advance(step(views))
                         bar.update()
                         over = state.step < total and time.monotonic() > deadline
-                        if state.step % log_every and state.step < total and not over:
+                        row = state.step % log_every == 0 or state.step == total
+                        if not (row or over or (validation and state.needs_validation(validation.every, total))):
                             continue
-                        problem = state.find_problem()
-                    if problem is not None:
+                        step.check()
+                    except Breakdown as breakdown:
                         status = "diverged"
+                        weights = state.copy() if breakdown.exact else good
                         state.load(good)
                         message = (
-                            f"stopped: {problem}. The state after step {state.step} was put back; "
+                            f"stopped: {breakdown}. The state after step {state.step} was put back; "
                             "try a smaller `lr`, `clip_norm=1.0`, or a larger assumed concentration of the pairs"
                         )
+                        if path is not None:
+                            bad = path.with_name("bad_batch.pt")
+                            save_bad_batch(bad, breakdown.attempt, weights)
+                            message += f". The batch of step {breakdown.attempt.step} is in {bad}: `replay_bad_batch`"
                         break
-                    if not over or state.step % log_every == 0:
-                        bar.set_postfix_str(state.log(optim.param_groups[0]["lr"]))
+                    if row:
+                        means = state.log(optim.param_groups[0]["lr"])
+                        bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in means.items() if k != "lr") + " nats")
+                        _track(tracker, "train", means, state.step)
                     if over:
                         raise KeyboardInterrupt
-                    good = state.copy()
-                    if time.monotonic() - written > checkpoint_seconds:
-                        save(good)
-                        written = time.monotonic()
+                    if row:
+                        good = state.copy()
+                        if time.monotonic() - written > checkpoint_seconds:
+                            save(good)
+                            written = time.monotonic()
         except KeyboardInterrupt:
             status, message = "interrupted", f"interrupted after step {state.step} of {total}"
         finally:
             bar.close()
             for part in modules.values():
                 part.eval()
-        save(state.copy())
+            if tracker is not None:
+                tracker.flush()
+        save(state.copy(), done=status == "done")
+        last = state.step
+        if status == "done" and state.best is not None:
+            state.put_back_best()
+            last = state.best["step"]
+            message = (
+                f"{state.step} of {total} steps; the weights after step {last}, the best validation, were put back"
+            )
     if status == "diverged":
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-    return FitResult(model, guide, state.history, state.step, status, message, time.monotonic() - started, target, path)
-
-
-def _total_steps(data: Iterable[Any], epochs: int | None, steps: int | None) -> int:
-    if (epochs is None) == (steps is None):
-        raise ValueError(f"give exactly one of `epochs` and `steps`, got epochs={epochs!r}, steps={steps!r}")
-    if steps is None:
-        if not isinstance(data, Sized):
-            raise ValueError(f"`epochs` needs data with a length, got {type(data).__name__}; pass `steps` instead")
-        steps = (epochs or 0) * len(data)
-    if steps < 1:
-        raise ValueError(f"the number of optimiser steps must be >= 1, got {steps!r}")
-    return steps
+    return FitResult(
+        model,
+        guide,
+        state.history,
+        last,
+        status,
+        message,
+        time.monotonic() - started,
+        target,
+        path,
+        state.validations,
+        None if state.average is None else state.average["modules"],
+    )
 
 
 def _name(part: Any) -> str:
     return getattr(part, "__qualname__", type(part).__qualname__)
 
 
-def _views(batch: Any, num_views: int | None, device: torch.device) -> list[Any]:
-    entries = list(batch) if isinstance(batch, (tuple, list)) else [batch]
-    if num_views is not None:
-        if len(entries) < num_views:
-            raise ValueError(f"a batch must have at least num_views={num_views} entries, got {len(entries)}")
-        entries = entries[:num_views]
-    return [entry.to(device, non_blocking=True) if isinstance(entry, Tensor) else entry for entry in entries]
+def _track(tracker: Tracker | None, group: str, metrics: Mapping[str, float], step: int) -> None:
+    if tracker is not None:
+        tracker.log({f"{group}/{name}": value for name, value in metrics.items()}, step)
 
 
-def _peek(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """Look at the first batch without losing it."""
-    if hasattr(data, "seek"):
-        data.seek(0, 0)
-    iterator = iter(data)
+def _resume(state: FitState, path: Path, settings: dict[str, Any]) -> None:
     try:
-        first = next(iterator)
-    except StopIteration:
-        raise ValueError(
-            "`data` gave no batch; is it an iterator that was used up, or a data set of no items?"
-        ) from None
-    one_shot = iterator is data and not hasattr(data, "seek")
-    return first, chain([first], iterator) if one_shot else data
+        state.load(load_checkpoint(path, expected_config=settings))
+    except (KeyError, ValueError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = str(error).strip().split("\n")[-1].strip()
+        raise CheckpointError(f"{path} does not fit this pair: {reason}; pass resume=False to start anew") from error
 
 
 def _create_parameters(objective: nn.Module, modules: dict[str, nn.Module], views: list[Any]) -> dict[str, Tensor]:
@@ -344,53 +371,3 @@ def _create_parameters(objective: nn.Module, modules: dict[str, nn.Module], view
             own.add(id(leaf))
             extra[name] = leaf
     return extra
-
-
-def _stream(data: Iterable[Any], state: FitState) -> Iterator[Any]:
-    """Batches without end, from where ``state`` stands; a pass begun before is replayed with its random state."""
-    while True:
-        skip, now = state.batch, get_random_state(state.device)
-        if skip:
-            set_random_state(state.epoch_random_state, state.device)
-        else:
-            state.epoch_random_state = now
-        if hasattr(getattr(data, "sampler", None), "set_epoch"):
-            data.sampler.set_epoch(state.epoch)  # type: ignore[attr-defined]
-        if hasattr(data, "seek"):
-            data.seek(state.epoch, skip)
-            iterator = iter(data)
-        else:
-            iterator = iter(data)
-            for _ in range(skip):
-                next(iterator, None)
-        if skip:
-            set_random_state(now, state.device)
-        yield from iterator
-        if state.batch == 0:
-            raise ValueError(
-                f"`data` gave nothing more after {state.step} steps; pass a loader that can be iterated again, "
-                "or fewer `steps`"
-            )
-        state.epoch, state.batch = state.epoch + 1, 0
-
-
-def _gradient_step(
-    objective: nn.Module,
-    elbo: Any,
-    optim: torch.optim.Optimizer,
-    parameters: list[Tensor],
-    views: list[Any],
-    clip_norm: float | None,
-) -> dict[str, Tensor]:
-    """One step; gives the loss and the factors in nats per pair, on the device."""
-    optim.zero_grad(set_to_none=True)
-    with FactorRecorder() as recorder:
-        loss = objective(*views) / len(views[0])
-    loss.backward()
-    if clip_norm is not None:
-        nn.utils.clip_grad_norm_(parameters, clip_norm)
-    optim.step()
-    scale = 1.0 / (len(views[0]) * getattr(elbo, "num_particles", 1))
-    factors = {name: value * scale for name, value in recorder.sums.items()}
-    latents = -loss.detach() - sum(factors.values())
-    return {"loss": loss.detach(), **factors, "latents": latents}

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import nn
 
 from pyro_contrastive import guides, models, nets
 from pyro_contrastive.data import SphereWorld, ViewLoader, corrupt, load_digits, shift_and_dropout
-from pyro_contrastive.ops.random import seeded
+from pyro_contrastive.encoding import check_encoding
+from pyro_contrastive.ops.random import derived_seed, seeded
+from pyro_contrastive.validation import Validation, held_out_loss
 
 __all__ = ["DATA", "EVIDENCES", "GUIDES", "METHODS", "Method", "Run", "RunConfig"]
 
@@ -156,6 +159,10 @@ class RunConfig:
         lr: Learning rate of Adam.
         batch_size: Pairs per batch.
         seed: Seed of initial weights, views and training.
+        precision: Of the encoder, as in ``fit``.
+        ema: Decay of averaged weights, in ``(0, 1)``, which are then what is judged. None: no average.
+        patience: Validations on pairs that are not fitted (of the digits every fifth image is kept back) that may pass
+            without a better loss, ``>= 1``; the best weights are judged. None: no validation.
 
     Raises:
         ValueError: If a name is unknown (the message lists the valid ones) or a number out of range.
@@ -175,6 +182,9 @@ class RunConfig:
     lr: float | None = None
     batch_size: int = 256
     seed: int = 0
+    precision: str = "float32"
+    ema: float | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -218,13 +228,23 @@ class RunConfig:
         for name, least in (("dim", 2), ("steps", 1), ("batch_size", 2), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)!r}")
+        check_encoding(None, self.precision)
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            raise ValueError(f"`ema` must lie in (0, 1), the decay of the average, got {self.ema!r}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"`patience` must be >= 1 validation, got {self.patience!r}")
         for name in ("lr", "concentration"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)!r}")
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the settings as JSON values; an infinite number becomes the string ``"inf"``."""
-        return {k: "inf" if v == math.inf else v for k, v in asdict(self).items()}
+        """Give the settings as JSON values; an infinite number becomes the string ``"inf"``.
+
+        What concerns the training only is left out at its default.
+        """
+        optional = {"precision": "float32", "ema": None, "patience": None}
+        settings = {k: v for k, v in asdict(self).items() if k not in optional or v != optional[k]}
+        return {k: "inf" if v == math.inf else v for k, v in settings.items()}
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json``.
@@ -304,8 +324,32 @@ class Run:
         if self.config.data == "sphere":
             return self.world().to(device).batches(self.config.batch_size, seed=self.config.seed)
         images, _ = load_digits("train")
+        if self.config.patience is not None:
+            images = images[torch.arange(len(images)) % 5 != 0]
         loader = ViewLoader(images, shift_and_dropout, batch_size=self.config.batch_size, seed=self.config.seed)
         return loader.to(device)
+
+    def validation(self, device: torch.device) -> Validation | None:
+        """Give the validation on pairs that :meth:`batches` does not hold, if there is to be one.
+
+        Args:
+            device: Where they are made.
+        """
+        config = self.config
+        if config.patience is None:
+            return None
+        assert config.steps is not None
+        seed = derived_seed(config.seed, 1)
+        if config.data == "sphere":
+            batches = list(islice(iter(self.world().to(device).batches(config.batch_size, seed=seed)), 8))
+        else:
+            images = load_digits("train")[0][::5]
+            size = min(config.batch_size, len(images))
+            loader = ViewLoader(images, shift_and_dropout, batch_size=size, seed=seed).to(device)
+            batches = [batch for _ in range(8) for batch in loader]
+        every = max(1, config.steps // 50)
+        metrics = held_out_loss(batches)
+        return Validation(metrics, every, monitor="loss", patience=config.patience, use_ema=config.ema is not None)
 
     def report(self, out: str | Path, *, level: float = 0.01) -> Any:
         """Evaluate on fresh or held-out data, judge, and write pictures and ``posterior.nc``.

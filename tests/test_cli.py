@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pyro_contrastive.checkpoint import load_checkpoint
-from pyro_contrastive.cli import main
+from pyro_contrastive.cli import _load, main
 from pyro_contrastive.registry import DATA, EVIDENCES, GUIDES, METHODS, Run, RunConfig
 
 
@@ -71,6 +71,10 @@ def test_a_wrong_name_lists_the_valid_ones(capsys, argv, named):
         (["--guide", "vmf", "--method", "simsiam"], "simsiam needs points and predictions, got guide 'vmf'"),
         (["--method", "vi_simsiam", "--concentration", "3"], "`concentration` is no choice of vi_simsiam, got 3.0"),
         (["--evidence", "moment_matched", "--concentration", "inf"], "'exact'"),
+        (["--ema", "1"], "`ema` must lie in (0, 1)"),
+        (["--patience", "0"], "`patience` must be >= 1"),
+        (["--chunk-size", "0"], "`chunk_size` must be an integer >= 1"),
+        (["--precision", "float16"], "needs a CUDA device"),
     ],
 )
 def test_wrong_values_are_usage_errors_without_a_traceback(tmp_path, capsys, more, message):
@@ -104,6 +108,24 @@ def test_fit_writes_its_files_and_goes_on_or_refuses(tmp_path, capsys):
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
     assert main(fit_args(tmp_path, "--seed", "1", "--no-resume")) == 0
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_options_of_the_training(tmp_path, capsys, data):
+    out = str(tmp_path)
+    options = ["--chunk-size", "10", "--precision", "bfloat16", "--ema", "0.9", "--patience", "1", "--deterministic"]
+    argv = ["fit", "--method", "mcinfonce", "--data", data, "--out", out, "--steps", "60", "--batch-size", "16"]
+    assert main([*argv, "--lr", "0.3", "--device", "cpu", "--quiet", *options]) == 0  # too fast: it gets worse soon
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["precision"], config["ema"], config["patience"]) == ("bfloat16", 0.9, 1)
+    payload = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert payload["position"]["step"] < 60 and payload["best"]["step"] < payload["position"]["step"]
+    run = _load(tmp_path, torch.device("cpu"))  # what `report` judges
+    best = payload["best"]["average"]["modules"]["model"]
+    assert all(torch.equal(value, best[name]) for name, value in run.model.state_dict().items())
+    assert "stopped after" not in capsys.readouterr().err
+    assert main([*argv, "--lr", "0.3", "--device", "cpu", "--quiet"]) == 1
+    assert "ema" not in RunConfig().as_dict()  # folders of earlier versions stay what they are
 
 
 @pytest.mark.parametrize("data", DATA)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyro_contrastive.ops._once import once
+from pyro_contrastive.ops.precision import HALF
 
 __all__ = ["PLAIN_ELEMENTS", "TILE", "Contrast", "PairFunction", "Pairs", "Tensors", "contrast"]
 
@@ -114,7 +115,8 @@ def contrast(
             are computed whole, and larger ones in tiles of the side that `TILE` has for the device.
 
     Returns:
-        Values ``(..., N)``. Tiles and the whole grid agree up to rounding; by tiles they are differentiable once.
+        Values ``(..., N)``, float32 for a grid in half precision. Tiles and the whole grid agree up to rounding; by
+        tiles they are differentiable once.
 
     Raises:
         ValueError: if `tile` is not a positive integer, or is given for a grid that exists already.
@@ -127,9 +129,9 @@ def contrast(
                 f"`tile` is for grids that are not evaluated yet, got one of shape {tuple(pairs.shape)}; "
                 "pass Pairs, for instance kernel(z1, z2, lazy=True)"
             )
-        return _contrast(pairs, shift, symmetric)
+        return _contrast(_at_least_single(pairs), shift, symmetric)
     if tile is None and pairs.shape.numel() <= PLAIN_ELEMENTS:
-        return _contrast(pairs.grid(), shift, symmetric)
+        return _contrast(_at_least_single(pairs.grid()), shift, symmetric)
     side = tile or TILE.get(pairs.rows[0].device.type, 2048)
     batch = pairs.batch
     flat = [t.expand(batch + t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (*pairs.rows, *pairs.columns)]
@@ -143,6 +145,11 @@ def contrast(
 # --------------------------------------------------------------------------------------------------------------------
 # One tile
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def _at_least_single(value: Tensor) -> Tensor:
+    """Half precision as float32: sums over a batch are not for 8 bits."""
+    return value.float() if value.dtype in HALF else value
 
 
 def _shifted(log_f: Tensor, shift: float) -> Tensor:
@@ -208,7 +215,7 @@ class _Plan(NamedTuple):
 
     def evaluate(self, tensors: list[Tensor]) -> Tensor:
         parts = (tuple(tensors[: self.rows]), tuple(tensors[self.rows : self.items]), tuple(tensors[self.items :]))
-        return self.function(*parts)
+        return _at_least_single(self.function(*parts))
 
     def tiles(self, tensors: Tensors) -> Iterator[tuple[slice, slice, slice]]:
         """Batch, row and column range of every tile; several small grids of a batch make one."""
@@ -228,7 +235,8 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         summary = _compiled(_contrast) if plan.compile else _contrast
-        positive = tensors[0].new_empty(tensors[0].shape[:2])
+        dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+        positive = tensors[0].new_empty(tensors[0].shape[:2], dtype=dtype)
         row = torch.full_like(positive, -torch.inf)
         column = row.clone() if plan.symmetric else None
         with torch.autocast(positive.device.type, enabled=False):
@@ -251,7 +259,8 @@ class _Tiled(torch.autograd.Function):
         split = len(saved) - 1 - plan.symmetric
         tensors, sums = saved[:split], saved[split:]
         needed = [k for k in range(split) if ctx.needs_input_grad[1 + k]]
-        totals = {k: torch.zeros_like(tensors[k]) for k in needed}
+        wide = {k: torch.promote_types(tensors[k].dtype, torch.float32) for k in needed}
+        totals = {k: torch.zeros_like(tensors[k], dtype=wide[k]) for k in needed}
         softmax_weights = _compiled(_softmax_weights) if plan.compile else _softmax_weights
         with torch.autocast(tensors[0].device.type, enabled=False):
             for b, i, j in plan.tiles(tensors):
@@ -275,4 +284,5 @@ class _Tiled(torch.autograd.Function):
                         totals[k][where] += part
         name = "a contrastive likelihood by tiles (grids of up to PLAIN_ELEMENTS elements are computed whole)"
         reached = (*tensors, *(g for g in grads if g is not None))
-        return None, *(once(name, totals[k], *reached) if k in totals else None for k in range(split))
+        found = {k: total.to(tensors[k].dtype) for k, total in totals.items()}
+        return None, *(once(name, found[k], *reached) if k in found else None for k in range(split))

@@ -64,8 +64,8 @@ lint: $(VENV)/.installed-dev ## ruff: rules and format
 types: $(VENV)/.installed-dev ## mypy
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/.installed ## speed of the samplers and densities
-	$(VENV)/bin/python -m benchmarks
+bench: $(VENV)/.installed ## speed against peers, as one table of ratios
+	$(VENV)/bin/python -m benchmarks --quick
 
 clean: ## remove caches and builds (keeps runs/ and the environments)
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -1,1 +1,1 @@
-"""Speed of the distributions on the sphere, as ratios to a floor: ``python -m benchmarks``."""
+"""Speed as ratios measured in one run: ``python -m benchmarks``. The other modules are experiments of their own."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.__main__ import directions, medians
+from benchmarks.measure import directions, medians, row
 from pyro_contrastive.distributions import VonMisesFisher
 from pyro_contrastive.factors import infonce_log_ratio
 from pyro_contrastive.kernels import VonMisesFisherKernel, expected_pairs, moment_matched_pairs, shared_latent_pairs
@@ -54,7 +54,9 @@ def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[
 
         return step(loss)
 
-    plain = step(lambda q1, q2: infonce_log_ratio(kernel(q1.mean_direction, q2.mean_direction), symmetric=True))
+    plain = step(
+        lambda q1, q2: infonce_log_ratio(kernel(q1.mean_direction, q2.mean_direction, lazy=True), symmetric=True)
+    )
     return {
         "plain InfoNCE, no latents": plain,
         "shared latent, exact": closed(shared_latent_pairs),
@@ -62,6 +64,26 @@ def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[
         "exact": closed(expected_pairs, args.concentration),
         **{f"K-sample, K = {k}": sampled(k) for k in args.samples},
     }
+
+
+def rows(quick: bool, device: torch.device) -> list[dict[str, Any]]:
+    """The exact evidences against InfoNCE without latents and with 16 samples, at a small and at a large batch."""
+    out = []
+    for batch, dim, goal in ((512, 10, None), (4096 if quick else 16_384, 128, 5.0)):
+        sizes = argparse.Namespace(batch=batch, dim=dim, concentration=20.0, samples=[16])
+        tasks = steps(sizes, device)
+        names = ["exact", "shared latent, exact", "moment-matched"]
+        others = {"plain InfoNCE, no latents": goal, "K-sample, K = 16": None}
+        tasks = {name: tasks[name] for name in (*names, *others)}
+        for task in tasks.values() if batch == 512 else ():
+            task()
+        seconds = medians(tasks, 5 if batch == 512 else 1, device, f"evidence, {batch}")
+        for other, wanted in others.items():
+            for name in names:
+                setting = f"N = {batch:,}, d = {dim}"
+                best = wanted if name == "exact" else None
+                out.append(row(f"evidence, {name}", setting, seconds[name], other, seconds[other], goal=best))
+    return out
 
 
 def main() -> int:

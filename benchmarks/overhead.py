@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.__main__ import clock
+from benchmarks.measure import clock
 from pyro_contrastive import guides, models, nets
 from pyro_contrastive.fit import fit
 

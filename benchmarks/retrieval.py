@@ -19,15 +19,41 @@ import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.__main__ import directions, medians
+from benchmarks.measure import directions, medians, peer, row
 from pyro_contrastive.diagnostics import CredibleSets, credible_sets
 from pyro_contrastive.distributions import VonMisesFisher
 
 BLOCK = 8192
+
+
+def rows(quick: bool, device: torch.device) -> list[dict[str, Any]]:
+    """Credible sets of 1,000 queries by torch, on the CPU, against faiss and the bare matrix product."""
+    cpu, dim = torch.device("cpu"), 64
+    num = 50_000 if quick else 1_000_000
+    queries, items = (
+        VonMisesFisher(directions((n,), dim, cpu), torch.empty(n).uniform_(math.log(50), math.log(400)).exp())
+        for n in (1000, num)
+    )
+    gallery = items.mean_direction
+    tasks: dict[str, Callable[[], object]] = {
+        "matrix product": lambda: [queries.mean_direction @ block.mT for block in gallery.split(BLOCK)],
+        "torch": lambda: credible_sets(queries, gallery, backend="torch"),
+    }
+    faiss = peer("faiss")
+    if faiss is not None:
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        tasks["faiss"] = lambda: credible_sets(queries, gallery, backend="faiss")
+    seconds = medians(tasks, 3, cpu, "credible sets")
+    setting = f"1,000 in {num:,}, d = {dim}"
+    return [
+        row("credible sets", setting, seconds["torch"], "matrix product alone", seconds["matrix product"]),
+        row("credible sets", setting, seconds["torch"], "faiss (flat index)", seconds.get("faiss")),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,11 +110,11 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [
         {"task": task, "seconds": value, "ratio": value / seconds["matrix product"]} for task, value in seconds.items()
     ]
-    for row in rows:
-        sets = found.get(row["task"])
+    for entry in rows:
+        sets = found.get(entry["task"])
         if sets is not None:
-            row |= {"mean_size": float(sets.sizes.mean()), "largest": int(sets.sizes.max())}
-            other = found[row["task"].split(",")[0] + ", torch"]
+            entry |= {"mean_size": float(sets.sizes.mean()), "largest": int(sets.sizes.max())}
+            other = found[entry["task"].split(",")[0] + ", torch"]
             assert np.array_equal(sets.indices, other.indices) and np.array_equal(sets.indptr, other.indptr)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     settings = {name: str(value) for name, value in vars(options).items()}
@@ -96,9 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=1) + "\n")
     print(f"{'task':<22}{'CPU s':>8}{'ratio':>7}{'mean size':>11}{'largest':>9}")
-    for row in rows:
-        sizes = f"{row['mean_size']:>11.1f}{row['largest']:>9}" if "mean_size" in row else ""
-        print(f"{row['task']:<22}{row['seconds']:>8.2f}{row['ratio']:>7.2f}{sizes}")
+    for entry in rows:
+        sizes = f"{entry['mean_size']:>11.1f}{entry['largest']:>9}" if "mean_size" in entry else ""
+        print(f"{entry['task']:<22}{entry['seconds']:>8.2f}{entry['ratio']:>7.2f}{sizes}")
     print(f"\n{options.queries} queries, {options.items} items, d = {options.dim}; peak {peak:.2f} GiB")
     return 0
 

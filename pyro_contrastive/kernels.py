@@ -25,6 +25,7 @@ from .ops.bessel import bessel_ratio, matched_log_density
 from .ops.constraints import scale_parameter, signed_scale_parameter
 from .ops.precision import matmul
 from .ops.series import expected_kernel_log_ratio, shared_latent_kernel_log_ratio
+from .ops.tables import on_grid
 from .ops.tiles import Pairs, Tensors
 
 __all__ = [
@@ -228,7 +229,7 @@ def _directions_and_concentrations(posterior1: VonMisesFisher, posterior2: VonMi
 
 def _shared_latent(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
     (mu1, k1), (mu2, k2) = rows, columns
-    return shared_latent_kernel_log_ratio(mu1.shape[-1], k1, k2.mT, matmul(mu1, mu2.mT))
+    return on_grid(shared_latent_kernel_log_ratio, mu1.shape[-1], k1, k2.mT, (), matmul(mu1, mu2.mT))
 
 
 def shared_latent_pairs(posterior1: VonMisesFisher, posterior2: VonMisesFisher) -> Pairs:
@@ -260,9 +261,14 @@ def shared_latent_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFish
     return shared_latent_pairs(posterior1, posterior2).grid()
 
 
+def _matched_log_ratio(dim: int, length1: Tensor, length2: Tensor, length: Tensor, cosine: Tensor) -> Tensor:
+    rho, cosine = torch.broadcast_tensors(length1 * length2 * length, cosine)
+    return matched_log_density(dim, rho, cosine)
+
+
 def _moment_matched(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
     (mu1, length1), (mu2, length2) = rows, columns
-    return matched_log_density(mu1.shape[-1], length1 * length2.mT * shared[0], matmul(mu1, mu2.mT))
+    return on_grid(_matched_log_ratio, mu1.shape[-1], length1, length2.mT, shared, matmul(mu1, mu2.mT))
 
 
 def moment_matched_pairs(posterior1: VonMisesFisher, posterior2: VonMisesFisher, concentration: Tensor) -> Pairs:
@@ -322,7 +328,7 @@ def moment_matched_log_ratio(posterior1: VonMisesFisher, posterior2: VonMisesFis
 
 def _expected(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
     (mu1, k1), (mu2, k2) = rows, columns
-    return expected_kernel_log_ratio(mu1.shape[-1], k1, k2.mT, shared[0], matmul(mu1, mu2.mT))
+    return on_grid(expected_kernel_log_ratio, mu1.shape[-1], k1, k2.mT, shared, matmul(mu1, mu2.mT))
 
 
 def expected_pairs(posterior1: VonMisesFisher, posterior2: VonMisesFisher, concentration: float | Tensor) -> Pairs:

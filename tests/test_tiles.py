@@ -176,6 +176,24 @@ def test_mixed_precision_leaves_the_tiles_alone(kind):
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize("tile", [None, 7])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_embeddings_in_half_precision_are_summed_in_single(half, tile):
+    """The same rounded embeddings in float32 give the same values; gradients are rounded to halves once, at the end."""
+    torch.manual_seed(2)
+    rounded = torch.nn.functional.normalize(torch.randn(2, 40, DIM), dim=-1).to(half)
+    kernel = VonMisesFisherKernel(16.0)  # a power of 2: its product with a half is exact
+    results = []
+    for dtype in (half, torch.float32):
+        z = rounded.to(dtype).requires_grad_()
+        value = infonce_log_ratio(kernel(*z, lazy=True), symmetric=True, tile=tile)
+        results.append((value, torch.autograd.grad(value.sum(), z)[0]))
+    (value, grad), (want, wanted) = results
+    assert value.dtype == torch.float32 and grad.dtype == half
+    torch.testing.assert_close(value, want, rtol=0, atol=1e-5)
+    assert (grad.float() - wanted).abs().max() <= 2 * torch.finfo(half).eps * wanted.abs().max()
+
+
 class Largest(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any operation returns."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_contrastive.ops.joint import Joint, current_joint
-from pyro_contrastive.ops.tiles import Plan, add_tile_gradients, add_tiles, once_each
+from pyro_contrastive.ops.tiles import Plan, add_tile_gradients, add_tiles, new_diagonal, new_totals, once_each
 
 __all__ = ["around_the_ring"]
 
@@ -57,7 +57,7 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, joint: Joint, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         rows, block, shared = _split(plan, tensors)
-        positive = tensors[0].new_empty(tensors[0].shape[:2])
+        positive = new_diagonal(tensors)
         row = torch.full_like(positive, -torch.inf)
         column = row.clone() if plan.symmetric else None
         for step in range(joint.ranks):
@@ -78,7 +78,7 @@ class _Ring(torch.autograd.Function):
         split = len(saved) - 1 - plan.symmetric
         tensors, (sum_row, *sum_column) = saved[:split], saved[split:]
         rows, block, shared = _split(plan, tensors)
-        totals = {k: torch.zeros_like(tensors[k]) for k in range(split) if ctx.needs_input_grad[2 + k]}
+        totals = new_totals(tensors, ctx.needs_input_grad[2:])
         travelling = [k for k in totals if plan.rows <= k < plan.items]
         around = [*sum_column, *(g.contiguous() for g in grads[2:3] if plan.symmetric)]
         for step in range(joint.ranks):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_contrastive.ops._once import once
 from pyro_contrastive.ops.joint import current_joint, one_process_only
+from pyro_contrastive.ops.precision import HALF
 
 __all__ = ["PLAIN_ELEMENTS", "TILE", "Contrast", "PairFunction", "Pairs", "Tensors", "contrast"]
 
@@ -116,8 +117,8 @@ def contrast(
             (:mod:`pyro_contrastive.ops.joint`) always tiles.
 
     Returns:
-        Values ``(..., N)``; in a joint batch those of this process's items, against those of all. Tiles and the
-        whole grid agree up to rounding; by tiles they are differentiable once.
+        Values ``(..., N)``, float32 for a grid in half precision; in a joint batch those of this process's items,
+        against those of all. Tiles and the whole grid agree up to rounding; by tiles they are differentiable once.
 
     Raises:
         ValueError: if `tile` is not a positive integer, or is given for a grid that exists already; in a joint batch
@@ -135,9 +136,9 @@ def contrast(
             "a grid that one process has evaluated",
             "hand out Pairs (a PairKernel instead of a function, a law with cross_pairs), or leave joint_batch",
         )
-        return _contrast(pairs, shift, symmetric)
+        return _contrast(_at_least_single(pairs), shift, symmetric)
     if current_joint() is None and tile is None and pairs.shape.numel() <= PLAIN_ELEMENTS:
-        return _contrast(pairs.grid(), shift, symmetric)
+        return _contrast(_at_least_single(pairs.grid()), shift, symmetric)
     side = tile or TILE.get(pairs.rows[0].device.type, 2048)
     batch = pairs.batch
     flat = [t.expand(batch + t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (*pairs.rows, *pairs.columns)]
@@ -154,6 +155,11 @@ def contrast(
 # --------------------------------------------------------------------------------------------------------------------
 # One tile
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def _at_least_single(value: Tensor) -> Tensor:
+    """Half precision as float32: sums over a batch are not for 8 bits."""
+    return value.float() if value.dtype in HALF else value
 
 
 def _shifted(log_f: Tensor, shift: float) -> Tensor:
@@ -219,7 +225,7 @@ class Plan(NamedTuple):
 
     def evaluate(self, tensors: list[Tensor]) -> Tensor:
         parts = (tuple(tensors[: self.rows]), tuple(tensors[self.rows : self.items]), tuple(tensors[self.items :]))
-        return self.function(*parts)
+        return _at_least_single(self.function(*parts))
 
     def tiles(self, tensors: Sequence[Tensor]) -> Iterator[tuple[slice, slice, slice]]:
         """Batch, row and column range of every tile; several small grids of a batch make one."""
@@ -231,6 +237,18 @@ class Plan(NamedTuple):
     def part(self, tensors: Sequence[Tensor], b: slice, i: slice, j: slice) -> list[Tensor]:
         rows = [t[b, i] for t in tensors[: self.rows]]
         return [*rows, *(t[b, j] for t in tensors[self.rows : self.items]), *tensors[self.items :]]
+
+
+def new_diagonal(tensors: Sequence[Tensor]) -> Tensor:
+    """Room for the diagonal, at least in single precision."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return tensors[0].new_empty(tensors[0].shape[:2], dtype=dtype)
+
+
+def new_totals(tensors: Sequence[Tensor], needed: Sequence[bool]) -> dict[int, Tensor]:
+    """Zeros for the gradients that are needed, by position, at least in single precision."""
+    wide = [torch.promote_types(t.dtype, torch.float32) for t in tensors]
+    return {k: torch.zeros_like(t, dtype=wide[k]) for k, t in enumerate(tensors) if needed[k]}
 
 
 def add_tiles(
@@ -304,7 +322,8 @@ def once_each(tensors: Sequence[Tensor], grads: Sequence[Tensor], totals: Mappin
     """The gradients by position, marked as differentiable once."""
     name = "a contrastive likelihood by tiles (grids of up to PLAIN_ELEMENTS elements are computed whole)"
     reached = (*tensors, *(g for g in grads if g is not None))
-    return [once(name, totals[k], *reached) if k in totals else None for k in range(len(tensors))]
+    found = {k: total.to(tensors[k].dtype) for k, total in totals.items()}
+    return [once(name, found[k], *reached) if k in found else None for k in range(len(tensors))]
 
 
 class _Tiled(torch.autograd.Function):
@@ -312,7 +331,7 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        positive = tensors[0].new_empty(tensors[0].shape[:2])
+        positive = new_diagonal(tensors)
         row = torch.full_like(positive, -torch.inf)
         column = row.clone() if plan.symmetric else None
         add_tiles(plan, tensors, positive, row, column)
@@ -326,6 +345,6 @@ class _Tiled(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: under activation checkpointing it can be read only once
         split = len(saved) - 1 - plan.symmetric
         tensors, sums = saved[:split], saved[split:]
-        totals = {k: torch.zeros_like(tensors[k]) for k in range(split) if ctx.needs_input_grad[1 + k]}
+        totals = new_totals(tensors, ctx.needs_input_grad[1:])
         add_tile_gradients(plan, tensors, sums, grads, totals)
         return None, *once_each(tensors, grads, totals)

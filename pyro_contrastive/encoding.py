@@ -38,9 +38,9 @@ def encode(encoder: nn.Module, x: Tensor, *, chunk_size: int | None = None, prec
 
     With ``chunk_size`` the graph behind the features is not kept: the backward pass encodes each chunk again. Loss and
     gradients over the whole batch are those of one pass, for a second forward pass, about a third more operations
-    (cached gradients by activation checkpointing). Dropout masks and the buffers of the encoder (batch-norm statistics) are the same in both passes,
-    and the second one changes none. What couples the items *inside* the encoder, such as batch norm in training mode,
-    sees one chunk at a time.
+    (cached gradients by activation checkpointing). Dropout masks and the buffers of the encoder (batch-norm
+    statistics) are the same in both passes, and the second one changes none. What couples the items *inside* the
+    encoder, such as batch norm in training mode, sees one chunk at a time.
 
     Args:
         encoder: ``(N, ...) -> (N, features)``.

@@ -67,7 +67,10 @@ class Pairs:
     @property
     def batch(self) -> torch.Size:
         """Common leading axes."""
-        return torch.broadcast_shapes(*(t.shape[:-2] for t in (*self.rows, *self.columns)))
+        first, *others = (t.shape[:-2] for t in (*self.rows, *self.columns))
+        if all(shape == first for shape in others):
+            return first  # broadcast_shapes takes longer than a small grid
+        return torch.broadcast_shapes(first, *others)
 
     @property
     def shape(self) -> torch.Size:

@@ -225,7 +225,8 @@ def tables(folder: Path) -> str:
             if found:
                 cells = [f"{_median(found, f'class_{p}')} / {_median(found, f'augmentation_{p}')}" for p in places]
                 seeds = " ".join(str(run["config"]["seed"]) for run in found)
-                lines.append(f"| {row}: {about} | {seeds} | {' | '.join(cells)} | {found[0]['config']['steps']} |")
+                steps = 0 if row == "untrained" else found[0]["config"]["steps"]
+                lines.append(f"| {row}: {about} | {seeds} | {' | '.join(cells)} | {steps} |")
         lines += ["", "Features, augmentation by parameter.", ""]
         lines += [f"| row | {' | '.join(READ)} |", "|---" * (len(READ) + 1) + "|"]
         for row in ROWS:

@@ -36,6 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--cpu-seconds", type=float, default=240.0, metavar="S", help="of each; default: %(default)s")
+    parser.add_argument("--steps", type=int, metavar="N", help="so many instead, whatever they cost")
     parser.add_argument("--dim", type=int, default=10, metavar="D", help="default: %(default)s")
     parser.add_argument(
         "--concentration",
@@ -115,7 +116,7 @@ def race(name: str, args: argparse.Namespace) -> dict[str, Any]:
     begin: list[float] = []
     trial = Watched(world.batches(args.batch_size, args.seed), {2}, lambda _, seconds: begin.append(seconds))
     train(copy.deepcopy(guide), trial, 6, False)
-    steps = max(2, round(args.cpu_seconds / ((trial.seconds() - begin[0]) / 4)))
+    steps = args.steps or max(2, round(args.cpu_seconds / ((trial.seconds() - begin[0]) / 4)))
 
     marks = {round(steps * share) for share in (0, 0.01, 0.02, 0.05, *(i / 10 for i in range(1, 10)))}
     stream = Watched(world.batches(args.batch_size, args.seed), marks, note)

@@ -288,12 +288,12 @@ def test_what_cannot_be_compiled_runs_eagerly_with_a_warning(monkeypatch):
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    tiles._compiled.cache_clear()
+    tiles.compiled.cache_clear()
     leaves, pairs = case("dot")
     with pytest.warns(RuntimeWarning, match="runs eagerly: no such thing here"):
         tiled = infonce_log_ratio(pairs().compiled(), tile=3)
     torch.testing.assert_close(tiled, infonce_log_ratio(pairs(), tile=3), rtol=0, atol=0)
-    tiles._compiled.cache_clear()
+    tiles.compiled.cache_clear()
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_contrastive.ops._tile_sums import Plan, add_tile_gradients, add_tiles, new_diagonal, new_totals, once_each
 from pyro_contrastive.ops.joint import Joint, current_joint
-from pyro_contrastive.ops.tiles import Plan, add_tile_gradients, add_tiles, new_diagonal, new_totals, once_each
 
 __all__ = ["around_the_ring"]
 

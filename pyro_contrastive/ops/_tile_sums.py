@@ -122,6 +122,7 @@ class Plan(NamedTuple):
     compile: bool
 
     def evaluate(self, tensors: list[Tensor]) -> Tensor:
+        """The tile of such a part, at least in single precision."""
         parts = (tuple(tensors[: self.rows]), tuple(tensors[self.rows : self.items]), tuple(tensors[self.items :]))
         return at_least_single(self.function(*parts))
 
@@ -133,6 +134,7 @@ class Plan(NamedTuple):
         return itertools.product((slice(b, b + together) for b in range(0, batch, together)), ranges, ranges)
 
     def part(self, tensors: Sequence[Tensor], b: slice, i: slice, j: slice) -> list[Tensor]:
+        """What one tile is evaluated on: rows, columns and shared tensors."""
         rows = [t[b, i] for t in tensors[: self.rows]]
         return [*rows, *(t[b, j] for t in tensors[self.rows : self.items]), *tensors[self.items :]]
 

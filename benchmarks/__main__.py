@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import row, table
+from benchmarks.measure import table
 
 # in the order of the table, the cheapest last but one; each has rows(quick, device)
 NAMES = ("spherical", "infonce", "evidence", "images", "retrieval", "imports", "overhead")
@@ -36,26 +36,8 @@ def run(names: list[str], quick: bool, device: torch.device) -> list[dict[str, A
         start = time.perf_counter()
         found = importlib.import_module(f"benchmarks.{name}").rows(quick, device)
         took = time.perf_counter() - start
-        rows += [{"benchmark": name, **_common(entry), "benchmark_seconds": took} for entry in found]
+        rows += [{"benchmark": name, **entry, "benchmark_seconds": took} for entry in found]
     return rows
-
-
-def _common(entry: dict[str, Any]) -> dict[str, Any]:
-    """A row of the common table; one of a benchmark with columns of its own keeps them."""
-    if "ours" in entry:
-        return entry
-    extra = entry["goal_of"] == "extra_ms"  # a goal in milliseconds beyond the peer
-    goal = 1e-3 * entry["goal"] + entry["peer_seconds"] if extra else entry["goal"]
-    found = row(
-        entry["task"],
-        entry.get("setting", ""),
-        entry["seconds"],
-        entry["peer"],
-        entry["peer_seconds"],
-        goal=goal,
-        goal_of="ours" if extra else "ratio",
-    )
-    return entry | found
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import clock
+from benchmarks.measure import clock, row
 from pyro_contrastive import guides, models, nets
 from pyro_contrastive.fit import fit
 
@@ -103,8 +103,15 @@ def measure(name: str, batch: int, steps: int, rounds: int, device: torch.device
 
 
 def rows(quick: bool, device: torch.device) -> list[dict]:
-    """One row per encoder."""
-    return [measure(name, *case, device) for name, case in (QUICK if quick else CASES).items()]
+    """One row per encoder; a goal in milliseconds beyond the loop becomes one in seconds of ours."""
+    out = []
+    for name, case in (QUICK if quick else CASES).items():
+        found = measure(name, *case, device)
+        extra, goal = found["goal_of"] == "extra_ms", found["goal"]
+        goal, goal_of = (1e-3 * goal + found["peer_seconds"], "ours") if extra else (goal, "ratio")
+        figures = found["seconds"], found["peer"], found["peer_seconds"]
+        out.append(found | row(found["task"], "", *figures, goal=goal, goal_of=goal_of))
+    return out
 
 
 def main() -> int:
@@ -120,10 +127,10 @@ def main() -> int:
     device = torch.device(args.device)
     cases = {name: case for name, case in (QUICK if args.quick else CASES).items() if args.case in (None, name)}
     found = [measure(name, args.batch or case[0], *case[1:], device) for name, case in cases.items()]
-    for row in found:
+    for one in found:
         print(
-            f"{row['task']:<40}{1e3 * row['seconds']:10.2f} ms{1e3 * row['peer_seconds']:10.2f} ms by hand"
-            f"{row['ratio']:8.3f} x{row['extra_ms']:+9.2f} ms   goal {row['goal_of']} <= {row['goal']}"
+            f"{one['task']:<40}{1e3 * one['seconds']:10.2f} ms{1e3 * one['peer_seconds']:10.2f} ms by hand"
+            f"{one['ratio']:8.3f} x{one['extra_ms']:+9.2f} ms   goal {one['goal_of']} <= {one['goal']}"
         )
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")

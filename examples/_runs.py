@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,25 @@ def save_run(path: Path, result: dict[str, Any]) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(temporary, path)
+
+
+def is_done(path: Path, config: dict[str, Any]) -> bool:
+    """Whether a run is there; one of other options is no run to keep, and ends the program."""
+    if not path.exists():
+        return False
+    if json.loads(path.read_text())["config"] != config:
+        raise SystemExit(f"{path} was made with other options; choose another --out, or remove it")
+    return True
+
+
+def in_pieces(path: Path, config: dict[str, Any], deadline: float) -> dict[str, Any]:
+    """Arguments of ``fit`` for a run that stops at a deadline (``time.monotonic``) and goes on in the next call."""
+    return {
+        "out": path.with_suffix(""),
+        "max_seconds": max(0.0, deadline - time.monotonic()) if math.isfinite(deadline) else None,
+        "config": {key: str(value) for key, value in config.items()},
+        "progress": path.stem,
+    }
 
 
 def write_tables(page: Path, marker: str, tables: str) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from _options import make_parser
-from _runs import save_run, write_tables
+from _runs import in_pieces, is_done, save_run, write_tables
 from images import SETTINGS, Encoder, build_encoder, build_optimizer
 from torch import Tensor
 
@@ -52,8 +52,15 @@ ROWS = {
 }
 
 
-class Triples(ViewLoader):
-    """Batches ``(x1, x2, x3)``: x2 is another view of the image of x1, x3 another image with the augmentation of x1."""
+class PairsOf(ViewLoader):
+    """The views that a row compares: x2 shares the image with x1, x3 (another image) the augmentation.
+
+    ``(x1, x2)``, for the row "augmentation" ``(x1, x3)``, for ensembles ``(x1, x2, x3)``.
+    """
+
+    def __init__(self, images: Tensor, row: str, **options: Any) -> None:
+        super().__init__(images, augment, **options)
+        self.chosen = (0, 1, 2) if row.startswith("ensemble") else (0, 2) if row == "augmentation" else (0, 1)
 
     def _views(self, index: Tensor, generator: torch.Generator) -> list[Tensor]:
         def draw() -> Tensor:
@@ -61,8 +68,8 @@ class Triples(ViewLoader):
 
         other = torch.randint(len(self.images), (len(index),), generator=generator, device=self.images.device)
         first, images = draw(), self.images[index]
-        pairs = ((images, first), (images, draw()), (self.images[other], first))
-        return [augment(x, draw=numbers)[0] for x, numbers in pairs]
+        views = ((images, first), (images, draw()), (self.images[other], first))
+        return [augment(x, draw=numbers)[0] for x, numbers in (views[k] for k in self.chosen)]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -98,25 +105,6 @@ def build_pair(row: str, encoder: Encoder, dim: int) -> tuple[Any, Any]:
         both = torch.stack([content, augmented])
         return models.AnInfoNCEEnsemble(guide, 2, precision=both, learn_precision=False), guide
     return models.AnInfoNCE(guide), guide  # of views of one image, or of one augmentation
-
-
-def in_order(row: str, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The views that a row compares."""
-    first, second, third = batch
-    return batch if row.startswith("ensemble") else (first, third) if row == "augmentation" else (first, second)
-
-
-class Chosen:
-    """A loader that gives the views of a row; it can start anywhere, as the loader."""
-
-    def __init__(self, loader: ViewLoader, row: str) -> None:
-        self.loader, self.row, self.seek = loader, row, loader.seek
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Any:
-        return (in_order(self.row, batch) for batch in self.loader)
 
 
 @torch.no_grad()
@@ -170,44 +158,39 @@ def run(row: str, train: Any, test: Any, args: argparse.Namespace, deadline: flo
     config |= {key: getattr(setting, key) for key in ("steps", "batch_size", "dim", "width", "optimizer")}
     name = f"{config['data']}-{'full' if args.full else 'small'}-{row}-{args.seed}"
     file = args.out / f"{name}.json"
-    if file.exists():
-        if json.loads(file.read_text())["config"] != config:
-            raise SystemExit(f"{file} was made with other options; choose another --out, or remove it")
+    if is_done(file, config):
         return True
     device = pick_device(args.device)
     with seeded(derived_seed(args.seed)):
         encoder = build_encoder(train[0], "colour", setting, not args.full, bf16=device.type == "cuda")
         model, guide = build_pair(row, encoder, setting.dim)
-    loss, seconds, precision = math.nan, 0.0, None
+    loss, precision = math.nan, None
     if row == "untrained":
         guide.to(device).eval()
     else:
-        loader = Triples(train[0], augment, batch_size=min(setting.batch_size, len(train[0])), seed=args.seed)
+        loader = PairsOf(train[0], row, batch_size=min(setting.batch_size, len(train[0])), seed=args.seed)
         result = fit(
             model,
             guide,
-            Chosen(loader.to(device), row),
+            loader.to(device),
             steps=setting.steps,
             num_views=None,
             optimizer=build_optimizer(setting.optimizer, setting.batch_size, None, 1e-4),
             schedule=warmup_cosine(0.05),
             seed=args.seed,
             device=device,
-            out=args.out / name,
-            max_seconds=max(0.0, deadline - time.monotonic()) if math.isfinite(deadline) else None,
-            config={key: str(value) for key, value in config.items()},
-            progress=name,
+            **in_pieces(file, config, deadline),
         )
         if result.status == "diverged":
             raise SystemExit(f"{name}: {result.message}")
         if result.status == "interrupted":
             print(f"{name}: {result.message}; call again to go on", flush=True)
             return False
-        loss, seconds = result.history["loss"][-1], result.seconds
+        loss = result.history["loss"][-1]
         precision = model.precision.detach().cpu().tolist() if hasattr(model, "precision") else None
     figures = read_out(guide, encoder, train, test, "blocks" in row, args.small, args.seed)
     print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
-    save_run(file, {"config": config, "figures": {"loss": loss, **figures}, "precision": precision, "seconds": seconds})
+    save_run(file, {"config": config, "figures": {"loss": loss, **figures}, "precision": precision})
     return True
 
 

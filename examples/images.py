@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from _options import make_parser
-from _runs import save_run, write_tables
+from _runs import in_pieces, is_done, save_run, write_tables
 from torch import Tensor, nn
 
 from pyro_contrastive import diagnostics, guides, models, nets
@@ -216,9 +216,7 @@ def run(method: str, data: dict[str, Any], args: argparse.Namespace, deadline: f
     config = {"method": method, **asdict(setting), **{key: getattr(args, key) for key in keys}}
     config["data"] = Path(args.data).stem
     file = args.out / f"{name}.json"
-    if file.exists():
-        if json.loads(file.read_text())["config"] != config:
-            raise SystemExit(f"{file} was made with other options; choose another --out, or remove it")
+    if is_done(file, config):
         return True
     device, supervised = pick_device(args.device), method in ("supcon", "vsupcon")
     (images, labels), augment = data["train"], build_augment(args.data, data["kind"])
@@ -240,10 +238,7 @@ def run(method: str, data: dict[str, Any], args: argparse.Namespace, deadline: f
         elbo=elbo,
         seed=args.seed,
         device=device,
-        out=args.out / name,
-        max_seconds=max(0.0, deadline - time.monotonic()) if math.isfinite(deadline) else None,
-        config={key: str(value) for key, value in config.items()},
-        progress=name,
+        **in_pieces(file, config, deadline),
     )
     spent = args.out / name / "seconds.json"  # of the calls so far
     seconds = [*(json.loads(spent.read_text()) if spent.exists() else []), result.seconds]

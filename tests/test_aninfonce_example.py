@@ -111,9 +111,11 @@ def test_pairs_of_the_read_out_share_the_image_or_the_augmentation(example):
     colours = torch.arange(8).reshape(8, 1, 1, 1).expand(8, 3, 6, 6) * 0.1
     grey = module.augment.keywords | {"jitter": 0.0, "hue": 0.0, "grey": 0.0}
     module.augment = module.functools.partial(module.crop_flip_jitter, **grey)
-    first, second, third = next(iter(module.Triples(colours, module.augment, batch_size=8)))
+    first, second, third = next(iter(module.PairsOf(colours, "ensemble", batch_size=8)))
     assert torch.allclose(first, second, atol=1e-6) and not torch.allclose(first, third, atol=0.05)
     rows = (torch.arange(6) / 6).reshape(1, 1, 6, 1).expand(8, 3, 6, 6)  # all images alike: what differs is the crop
-    first, second, third = next(iter(module.Triples(rows, module.augment, batch_size=8)))
+    first, second, third = next(iter(module.PairsOf(rows, "ensemble", batch_size=8)))
     assert torch.equal(first, third) and not torch.allclose(first, second, atol=0.05)
-    assert module.in_order("augmentation", (1, 2, 3)) == (1, 3) and module.in_order("blocks", (1, 2, 3)) == (1, 2)
+    for row, wanted in (("augmentation", (first, third)), ("blocks", (first, second)), ("infonce", (first, second))):
+        seen = next(iter(module.PairsOf(rows, row, batch_size=8)))
+        assert len(seen) == 2 and all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))

@@ -112,7 +112,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         theirs, ratio = "" if "too large" in r["peer"] else NOT_INSTALLED, ""
         if r["theirs"] is not None:
             theirs, ratio = f"{r['theirs']:.4g} {r['unit']}", f"{r['ratio']:.2f}"
-        goal = "" if r["goal"] is None else f"{r['goal']:g}{' ' + r['unit'] if r['goal_of'] == 'ours' else ''}"
+        goal = "" if r["goal"] is None else f"{r['goal']:.3g}{' ' + r['unit'] if r['goal_of'] == 'ours' else ''}"
         met = {None: "", True: "yes", False: "no"}[r["met"]]
         ceiling = "" if r["of_ceiling"] is None else f"  {100 * r['of_ceiling']:.0f} % of ceiling"
         lines.append(

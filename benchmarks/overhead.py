@@ -1,6 +1,6 @@
 """What `fit` costs over a hand-written torch loop: the same encoder, InfoNCE loss, batches and Adam.
 
-    python -m benchmarks.overhead [--quick] [--device cpu] [--threads 1] [--out FILE]
+    python -m benchmarks.overhead [--quick] [--chunk-size 32] [--device cpu] [--threads 1] [--out FILE]
 
 Both run in pieces of a few steps, in turn, so that a busy machine slows both alike; on the CPU the clock is CPU time
 of the process, on a GPU wall time. Rows of the history are written at their usual rate of one per 50 steps, no
@@ -50,7 +50,7 @@ def by_hand(guide: nn.Module, views: list[Tensor], steps: int) -> None:
         optimizer.step()
 
 
-def by_fit(guide: nn.Module, views: list[Tensor], steps: int) -> None:
+def by_fit(guide: nn.Module, views: list[Tensor], steps: int, chunk_size: int | None = None) -> None:
     model = models.MCInfoNCE(guide, concentration=CONCENTRATION, evidence="elbo")  # at points: InfoNCE
     fit(
         model,
@@ -61,10 +61,13 @@ def by_fit(guide: nn.Module, views: list[Tensor], steps: int) -> None:
         schedule="constant",
         log_every=50,
         progress=False,
+        chunk_size=chunk_size,
     )
 
 
-def measure(name: str, batch: int, steps: int, rounds: int, device: torch.device) -> dict:
+def measure(
+    name: str, batch: int, steps: int, rounds: int, device: torch.device, chunk_size: int | None = None
+) -> dict:
     """Seconds per step of both, and what one costs over the other."""
     torch.manual_seed(0)
     encoder, view = encoder_and_view(name, batch, device)
@@ -72,7 +75,7 @@ def measure(name: str, batch: int, steps: int, rounds: int, device: torch.device
     guide = guides.Delta(encoder, dim=32).to(device)
     tasks: dict[str, Callable[[int], None]] = {
         "loop": lambda n: by_hand(guide, views, n),
-        "fit": lambda n: by_fit(guide, views, n),
+        "fit": lambda n: by_fit(guide, views, n, chunk_size),
     }
     per_step: dict[str, list[float]] = {key: [] for key in tasks}
     for task in tasks.values():
@@ -91,7 +94,7 @@ def measure(name: str, batch: int, steps: int, rounds: int, device: torch.device
         goal = 1.10 if device.type == "cpu" else 1.05
     found = {"ratio": ours / loop, "extra_ms": 1e3 * (ours - loop)}
     return {
-        "task": f"fit step, {name}, N = {batch}",
+        "task": f"fit step, {name}, N = {batch}" + (f", in chunks of {chunk_size}" if chunk_size else ""),
         "peer": "hand-written torch loop",
         "seconds": ours,
         "peer_seconds": loop,
@@ -119,6 +122,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few steps, a small batch for the ResNet")
     parser.add_argument("--case", choices=CASES, help="one encoder only")
     parser.add_argument("--batch", type=int, help="other batch size")
+    parser.add_argument("--rounds", type=int, help="other number of rounds")
+    parser.add_argument("--chunk-size", type=int, metavar="N", help="fit encodes in chunks; the loop does not")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write JSON")
@@ -126,10 +131,13 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     cases = {name: case for name, case in (QUICK if args.quick else CASES).items() if args.case in (None, name)}
-    found = [measure(name, args.batch or case[0], *case[1:], device) for name, case in cases.items()]
+    found = [
+        measure(name, args.batch or batch, steps, args.rounds or rounds, device, args.chunk_size)
+        for name, (batch, steps, rounds) in cases.items()
+    ]
     for one in found:
         print(
-            f"{one['task']:<40}{1e3 * one['seconds']:10.2f} ms{1e3 * one['peer_seconds']:10.2f} ms by hand"
+            f"{one['task']:<60}{1e3 * one['seconds']:10.2f} ms{1e3 * one['peer_seconds']:10.2f} ms by hand"
             f"{one['ratio']:8.3f} x{one['extra_ms']:+9.2f} ms   goal {one['goal_of']} <= {one['goal']}"
         )
     if args.out:

@@ -23,7 +23,8 @@ from .modules import Module
 from .ops.anisotropic import log_normalizer, matched_precision
 from .ops.bessel import bessel_ratio, matched_log_density
 from .ops.constraints import scale_parameter, signed_scale_parameter
-from .ops.precision import matmul
+from .ops.precision import HALF, at_least_single, matmul
+from .ops.products import products
 from .ops.series import expected_kernel_log_ratio, shared_latent_kernel_log_ratio
 from .ops.tables import on_grid
 from .ops.tiles import Pairs, Tensors
@@ -77,10 +78,6 @@ class PairKernel(Module):
         raise NotImplementedError(f"{type(self).__name__} must define pairs(z1, z2)")
 
 
-def _dot(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
-    return matmul(rows[0], columns[0].mT)
-
-
 class VonMisesFisherKernel(PairKernel):
     r"""The von Mises-Fisher kernel, :math:`\log f(z, z') = \kappa\, z \cdot z'`.
 
@@ -112,12 +109,9 @@ class VonMisesFisherKernel(PairKernel):
 
     def pairs(self, z1: Tensor, z2: Tensor) -> Pairs:
         """See :meth:`PairKernel.pairs`."""
-        return Pairs(_dot, (self.concentration * z1,), (z2,))
-
-
-def _quadratic(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
-    (scaled, size1), (z2, size2) = rows, columns
-    return matmul(scaled, z2.mT) - size1 - size2.mT
+        if z1.dtype in HALF:  # kappa z1 would be rounded once more, and kappa times that lost
+            return Pairs(products, (z1,), (z2,), (self.concentration,))
+        return Pairs(products, (self.concentration * z1,), (z2,))
 
 
 def _matched_anisotropic(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
@@ -206,10 +200,11 @@ class AnisotropicKernel(PairKernel):
                     f"the kernel has {len(precision)} precisions and latents of shape {tuple(z.shape)} have "
                     f"{z.shape[-1]} dimensions; build AnisotropicKernel({z.shape[-1]})"
                 )
-        rows, columns = (((z.square() * precision).sum(-1, keepdim=True)) for z in (z1, z2))
+        z1, z2 = at_least_single(z1), at_least_single(z2)
+        rows, columns = (-(z.square() * precision).sum(-1, keepdim=True) for z in (z1, z2))
         if self.normalized:
-            rows = rows + log_normalizer(z1, precision).unsqueeze(-1)
-        return Pairs(_quadratic, (2 * precision * z1, rows), (z2, columns))
+            rows = rows - log_normalizer(z1, precision).unsqueeze(-1)
+        return Pairs(products, (2 * precision * z1, rows), (z2, columns))
 
 
 def _check_families(posterior1: VonMisesFisher, posterior2: VonMisesFisher) -> None:

@@ -29,8 +29,8 @@ from .factors import infonce_factor
 from .kernels import PairKernel, VonMisesFisherKernel
 from .modules import Module
 from .ops.constraints import scale_parameter
-from .ops.precision import matmul
-from .ops.tiles import Pairs, Tensors
+from .ops.products import products
+from .ops.tiles import Pairs
 
 __all__ = [
     "Clusters",
@@ -309,10 +309,6 @@ class InfoNCE(Module):
         infonce_factor("positive", z1, z2, self.kernel, symmetric=self.symmetric)
 
 
-def _dot(rows: Tensors, columns: Tensors, shared: Tensors) -> Tensor:
-    return matmul(rows[0], columns[0].mT)
-
-
 class FlexibleCritic(PairKernel):
     r"""A kernel that can take any shape as its width grows: :math:`\log f(z, z') = g(z) \cdot h(z') / \sqrt m`.
 
@@ -346,7 +342,7 @@ class FlexibleCritic(PairKernel):
 
     def pairs(self, z1: Tensor, z2: Tensor) -> Pairs:
         """See :meth:`~pyro_contrastive.kernels.PairKernel.pairs`."""
-        return Pairs(_dot, (self.first(z1) / math.sqrt(self.features),), (self.second(z2),))
+        return Pairs(products, (self.first(z1) / math.sqrt(self.features),), (self.second(z2),))
 
 
 def optimal(dim: int, *, features: int = 64, hidden: int = 128) -> InfoNCE:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_contrastive.ops._once import once
-from pyro_contrastive.ops.precision import HALF
+from pyro_contrastive.ops.precision import at_least_single
 
 __all__ = [
     "Contrast",
@@ -21,7 +21,6 @@ __all__ = [
     "Tensors",
     "add_tile_gradients",
     "add_tiles",
-    "at_least_single",
     "compiled",
     "new_diagonal",
     "new_totals",
@@ -50,11 +49,6 @@ class Contrast(NamedTuple):
 # --------------------------------------------------------------------------------------------------------------------
 # One tile
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def at_least_single(value: Tensor) -> Tensor:
-    """Half precision as float32: sums over a batch are not for 8 bits."""
-    return value.float() if value.dtype in HALF else value
 
 
 def _shifted(log_f: Tensor, shift: float) -> Tensor:

@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["HALF", "matmul"]
+__all__ = ["HALF", "at_least_single", "matmul"]
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+def at_least_single(value: Tensor) -> Tensor:
+    """Half precision as float32: sums over a batch are not for 8 bits."""
+    return value.float() if value.dtype in HALF else value
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_contrastive.ops import fused
 from pyro_contrastive.ops._tile_sums import (
     Contrast,
     PairFunction,
@@ -23,7 +24,6 @@ from pyro_contrastive.ops._tile_sums import (
     Tensors,
     add_tile_gradients,
     add_tiles,
-    at_least_single,
     compiled,
     new_diagonal,
     new_totals,
@@ -31,6 +31,7 @@ from pyro_contrastive.ops._tile_sums import (
     sums_of_grid,
 )
 from pyro_contrastive.ops.joint import current_joint, one_process_only
+from pyro_contrastive.ops.precision import at_least_single
 from pyro_contrastive.ops.ring import around_the_ring
 
 __all__ = ["PLAIN_ELEMENTS", "TILE", "Contrast", "PairFunction", "Pairs", "Tensors", "contrast"]
@@ -108,7 +109,8 @@ def contrast(
         symmetric: the columns as well.
         shift: added to the diagonal inside the sums (not to ``positive``): a log weight of the positive.
         tile: side of the tiles, >= 1. By default grids of up to `PLAIN_ELEMENTS` elements, all leading axes counted,
-            are computed whole, and larger ones in tiles of the side that `TILE` has for the device. In a joint batch
+            are computed whole, and larger ones in tiles of the side that `TILE` has for the device; those that
+            :func:`~pyro_contrastive.ops.fused.applies` to by one fused kernel. In a joint batch
             (:mod:`pyro_contrastive.ops.joint`) always tiles.
 
     Returns:
@@ -132,17 +134,36 @@ def contrast(
             "hand out Pairs (a PairKernel instead of a function, a law with cross_pairs), or leave joint_batch",
         )
         return sums_of_grid(at_least_single(pairs), shift, symmetric)
-    if current_joint() is None and tile is None and pairs.shape.numel() <= PLAIN_ELEMENTS:
-        return sums_of_grid(at_least_single(pairs.grid()), shift, symmetric)
+    if current_joint() is None and tile is None:
+        if pairs.shape.numel() <= PLAIN_ELEMENTS:
+            return sums_of_grid(at_least_single(pairs.grid()), shift, symmetric)
+        if fused.applies(pairs):
+            return _by_fused_kernel(pairs, shift, symmetric)
     side = tile or TILE.get(pairs.rows[0].device.type, 2048)
-    batch = pairs.batch
-    flat = [t.expand(batch + t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (*pairs.rows, *pairs.columns)]
+    flat = _flat(pairs)
     function = compiled(pairs.function) if pairs.compile else pairs.function
     plan = Plan(function, len(pairs.rows), len(flat), side, shift, symmetric, pairs.compile)
     apply = _Tiled.apply if current_joint() is None else around_the_ring
     positive, row, column = apply(plan, *flat, *pairs.shared)
     shape = pairs.shape[:-1]
     return Contrast(positive.view(shape), row.view(shape), None if column is None else column.view(shape))
+
+
+def _flat(pairs: Pairs) -> list[Tensor]:
+    """Rows and columns with their leading axes, broadcast, as one."""
+    batch = pairs.batch
+    return [t.expand(batch + t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (*pairs.rows, *pairs.columns)]
+
+
+def _by_fused_kernel(pairs: Pairs, shift: float, symmetric: bool) -> Contrast:
+    """A grid of :func:`~pyro_contrastive.ops.products.products`; its diagonal by ordinary autograd."""
+    flat, shape = _flat(pairs), pairs.shape[:-1]
+    a, b = flat[0], flat[len(pairs.rows)]
+    terms = [t.squeeze(-1).float() for t in (flat[1], flat[3])] if len(pairs.rows) == 2 else []
+    scale = pairs.shared[0] if pairs.shared else None
+    row, column = fused.product_sums(a, b, *terms, scale=scale, shift=shift, symmetric=symmetric)
+    positive = at_least_single(pairs.diagonal())
+    return Contrast(positive, row.view(shape), None if column is None else column.view(shape))
 
 
 class _Tiled(torch.autograd.Function):

@@ -126,6 +126,9 @@ ROWS: dict[str, Row] = {
         "the same, MCInfoNCE with the exact evidence", [5.0] * 4, AMBIGUOUS, method="exact", steps=500, batch_size=128
     ),
     "d10-bimodal": Row("d = 10", bimodal_precision(10), width=256, steps=20_000, batch_size=1_024, lr=1e-3),
+    "d10-bimodal-infonce": Row(
+        "d = 10, InfoNCE", bimodal_precision(10), method="infonce", width=256, steps=20_000, batch_size=1_024, lr=1e-3
+    ),
     "d10-linear": Row("d = 10", linear_precision(10), width=256, steps=20_000, batch_size=1_024, lr=1e-3),
 }  # fmt: skip
 

@@ -223,6 +223,7 @@ def _train(
         lr=config.lr,
         seed=config.seed,
         device=device,
+        num_views=run.num_views,
         precision=config.precision,  # type: ignore[arg-type]
         ema=config.ema,
         validation=validation,

@@ -50,6 +50,7 @@ class Method:
         needs: What these have in common, for the message.
         concentration: Of the kernel at the start; None: the method has no such number, or finds its own default.
         options: Of the guide.
+        labels: The model takes class labels after the views.
     """
 
     about: str
@@ -59,22 +60,29 @@ class Method:
     needs: str
     concentration: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    labels: bool = False
 
 
 @dataclass(frozen=True)
 class DataDefaults:
-    """Settings known to work for one kind of data."""
+    """Settings known to work for one kind of data, and whether it has class labels."""
 
     about: str
     dim: int
     steps: int
     lr: float
     concentration: float
+    labels: bool = False
 
 
 DATA = {
     "digits": DataDefaults(
-        "1,797 handwritten digits, 8 x 8; views: shift and pixel dropout of known strength", 16, 1_500, 1e-3, math.inf
+        "1,797 handwritten digits, 8 x 8; views: shift and pixel dropout of known strength",
+        16,
+        1_500,
+        1e-3,
+        math.inf,
+        labels=True,
     ),
     "sphere": DataDefaults("SphereWorld: artificial views whose exact posterior is known", 10, 3_000, 2e-3, 20.0),
 }
@@ -111,6 +119,24 @@ METHODS = {
         ("projected_normal", "vmf", "power_spherical"),
         "a posterior with a density",
         5.0,
+    ),
+    "supcon": Method(
+        "SimCLR with all items of a class as positives",
+        "2004.11362",
+        lambda guide, config: models.SupCon(guide, concentration=config.concentration),  # type: ignore[arg-type]
+        ("delta",),
+        "a point",
+        5.0,
+        labels=True,
+    ),
+    "vsupcon": Method(
+        "SupCon over posteriors, as VSimCLR",
+        "2506.10159",
+        lambda guide, config: models.VSupCon(guide, concentration=config.concentration),  # type: ignore[arg-type]
+        ("projected_normal", "vmf", "power_spherical"),
+        "a posterior with a density",
+        5.0,
+        labels=True,
     ),
     "aninfonce": Method(
         "InfoNCE with a learned precision per axis, starting at half the concentration",
@@ -190,6 +216,9 @@ class RunConfig:
         _one_of("method", self.method, METHODS)
         _one_of("data", self.data, DATA)
         method, defaults = METHODS[self.method], DATA[self.data]
+        if method.labels and not defaults.labels:
+            have = ", ".join(name for name, about in DATA.items() if about.labels)
+            raise ValueError(f"{self.method} needs class labels, and {self.data} has none; use one of: {have}")
         guide = method.guides[0] if self.guide is None else self.guide
         _one_of("guide", guide, GUIDES)
         if guide not in method.guides:
@@ -302,6 +331,11 @@ class Run:
             self.guide = GUIDES[config.guide][0](encoder, config.dim, **method.options)
             self.model = method.build(self.guide, config)
 
+    @property
+    def num_views(self) -> int:
+        """Entries of a batch that model and guide take: two views, and the labels where the method wants them."""
+        return 2 + METHODS[self.config.method].labels
+
     def world(self) -> SphereWorld:
         """Build the world of a ``sphere`` run: its pairs are related as MCInfoNCE assumes (kappa 20 for the others)."""
         config = self.config
@@ -319,15 +353,19 @@ class Run:
             device: Where they are made.
 
         Returns:
-            A loader whose batches start with ``(x1, x2)``.
+            A loader whose batches start with ``(x1, x2)``, or ``(x1, x2, labels)``.
         """
         if self.config.data == "sphere":
             return self.world().to(device).batches(self.config.batch_size, seed=self.config.seed)
-        images, _ = load_digits("train")
+        images, labels = load_digits("train")
         if self.config.patience is not None:
-            images = images[torch.arange(len(images)) % 5 != 0]
-        loader = ViewLoader(images, shift_and_dropout, batch_size=self.config.batch_size, seed=self.config.seed)
-        return loader.to(device)
+            kept = torch.arange(len(images)) % 5 != 0
+            images, labels = images[kept], labels[kept]
+        return self._loader(images, labels, self.config.batch_size, self.config.seed).to(device)
+
+    def _loader(self, images: torch.Tensor, labels: torch.Tensor, batch_size: int, seed: int) -> ViewLoader:
+        given = labels if METHODS[self.config.method].labels else None
+        return ViewLoader(images, shift_and_dropout, labels=given, batch_size=batch_size, seed=seed)
 
     def images(self, folder: str | Path, **options: Any) -> FolderImages:
         """Give the images below a folder as this run's encoder takes them.
@@ -362,12 +400,11 @@ class Run:
         if config.data == "sphere":
             batches = list(islice(iter(self.world().to(device).batches(config.batch_size, seed=seed)), 8))
         else:
-            images = load_digits("train")[0][::5]
-            size = min(config.batch_size, len(images))
-            loader = ViewLoader(images, shift_and_dropout, batch_size=size, seed=seed).to(device)
+            images, labels = (part[::5] for part in load_digits("train"))
+            loader = self._loader(images, labels, min(config.batch_size, len(images)), seed).to(device)
             batches = [batch for _ in range(8) for batch in loader]
         every = max(1, config.steps // 50)
-        metrics = held_out_loss(batches)
+        metrics = held_out_loss(batches, num_views=self.num_views)
         return Validation(metrics, every, monitor="loss", patience=config.patience, use_ema=config.ema is not None)
 
     def report(self, out: str | Path, *, level: float = 0.01) -> Any:
@@ -393,4 +430,5 @@ class Run:
         if self.config.data == "sphere":
             return diagnostics.sphere_report(self.model, self.guide, self.world(), out, **options)
         test, train = load_digits("test"), load_digits("train")
+        options["supervised"] = METHODS[self.config.method].labels
         return diagnostics.image_report(self.model, self.guide, *test, *train, corrupt, out, **options)

@@ -133,8 +133,26 @@ def test_options_of_the_training(tmp_path, capsys, data):
 def test_every_method_fits_every_kind_of_data(tmp_path, method, guide, data):
     argv = ["fit", "--method", method, "--data", data, "--out", str(tmp_path), "--steps", "2", "--batch-size", "16"]
     argv += ["--guide", guide]
+    if METHODS[method].labels and not DATA[data].labels:
+        assert main([*argv, "--device", "cpu", "--quiet"]) == 2
+        return
     assert main([*argv, "--device", "cpu", "--quiet"]) == 0
     assert load_checkpoint(tmp_path / "checkpoint.pt")["position"]["step"] == 2
+
+
+def test_methods_with_labels_say_which_data_have_them(tmp_path, capsys):
+    assert main(["fit", "--method", "supcon", "--data", "sphere", "--out", str(tmp_path)]) == 2
+    assert "supcon needs class labels, and sphere has none; use one of: digits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["supcon", "vsupcon"])
+def test_methods_with_labels_are_fitted_validated_and_judged(tmp_path, method):
+    argv = ["fit", "--method", method, "--data", "digits", "--out", str(tmp_path), "--steps", "4", "--patience", "2"]
+    assert main([*argv, "--device", "cpu", "--quiet"]) == 0
+    batch = next(iter(Run(RunConfig.load(tmp_path)).batches(torch.device("cpu"))))
+    assert batch[2].dtype == torch.int64 and int(batch[2].max()) == 9
+    assert main(["report", str(tmp_path), "--device", "cpu", "--quiet"]) == 0
+    assert (tmp_path / "report.html").exists()
 
 
 def test_the_configuration_rebuilds_the_same_pair(tmp_path):

@@ -220,6 +220,7 @@ def image_report(
     checks: Sequence[Check] = (),
     level: float = FAMILY_LEVEL,
     title: str | None = None,
+    supervised: bool = False,
     progress: bool = False,
 ) -> Section:
     """Checks a trained pair on held-out labelled images, where no true posterior is known.
@@ -243,6 +244,7 @@ def image_report(
         checks: Further checks of yours, such as `judge_sbc(...)`; they come first.
         level: Chance of any false alarm of the tests of this section; divide it by the sections of a page.
         title: Heading of the section.
+        supervised: Whether model and guide take the labels after the views, as SupCon does.
         progress: Whether to show progress bars.
 
     Returns:
@@ -292,7 +294,8 @@ def image_report(
         )
         _neighbour_pictures(album, damaged, labels, train_images, train_labels, mean, reference, kappa)
     album.finish(draws, profile, history)
-    store(album.out, model, guide, views, seed=seed, progress=progress)
+    given = (*views, labels[:STORED_ITEMS].to(device)) if supervised else views
+    store(album.out, model, guide, given, seed=seed, progress=progress)
     each = level / (2 + LATENT_TESTS)
     found = [
         *checks,

@@ -142,53 +142,83 @@ def densities(dim: int, size: int, rounds: int, device: torch.device) -> list[di
     ]
 
 
+Peer = tuple[str, Callable[[], object] | None, Callable[[], object] | None]
+
+
+def tensorflow_probability(family: str, mean: Tensor, kappa: float, num: int, z: Tensor) -> Peer:
+    """Draws and log densities of TensorFlow Probability on JAX, compiled; a new key for every draw."""
+    name = "TFP on JAX"
+    package = peer("tensorflow_probability.substrates.jax")
+    if package is None:
+        return name, None, None
+    import jax
+
+    law = {"von_mises_fisher": "VonMisesFisher", "power_spherical": "PowerSpherical"}[family]
+    points, keys = jax.numpy.asarray(z.cpu().numpy()), iter(range(1 << 30))
+    q = getattr(package.distributions, law)(jax.numpy.asarray(mean.cpu().numpy()), kappa)
+    draw, score = jax.jit(lambda key: q.sample(num, seed=key)), jax.jit(q.log_prob)
+    return (
+        name,
+        lambda: draw(jax.random.PRNGKey(next(keys))).block_until_ready(),
+        lambda: score(points).block_until_ready(),
+    )
+
+
+def peers(mean: Tensor, kappa: float, num: int, z: Tensor) -> dict[str, list[Peer]]:
+    """By family: name, draws and log densities; None for what is not installed."""
+    from scipy import stats
+
+    law, points = stats.vonmises_fisher(mean.double().cpu().numpy(), kappa), z.double().cpu().numpy()
+    points /= np.linalg.norm(points, axis=-1, keepdims=True)
+    package = peer("power_spherical")
+    spherical = package and package.PowerSpherical(mean, torch.tensor(kappa, device=mean.device))
+    formulas = peer("projnormal.formulas.projected_normal")
+    spread = torch.eye(len(mean), device=mean.device) / kappa
+    return {
+        "von_mises_fisher": [
+            ("scipy (CPU, float64)", lambda: law.rvs(num), lambda: law.logpdf(points)),
+            tensorflow_probability("von_mises_fisher", mean, kappa, num, z),
+        ],
+        "power_spherical": [
+            (
+                "power-spherical",
+                spherical and (lambda: spherical.sample(torch.Size((num,)))),
+                spherical and (lambda: spherical.log_prob(z)),
+            ),
+            tensorflow_probability("power_spherical", mean, kappa, num, z),
+        ],
+        "projected_normal": [
+            (
+                "projnormal",
+                formulas and (lambda: formulas.sample(mean, spread, num)),
+                formulas and (lambda: formulas.log_pdf(mean, spread, z)),
+            )
+        ],
+    }
+
+
 def rows(quick: bool, device: torch.device) -> list[dict[str, Any]]:
-    """Draws and log densities of one law each, against the package that people use for that law.
+    """Draws and log densities of one law each, against the packages that people use for that law.
 
     scipy and projnormal know one mean at a time, so that one law is what all can do.
     """
-    from scipy import stats
-
     num, rounds, dims = (10_000, 5, (10,)) if quick else (100_000, 15, (10, 128))
     out = []
     for dim in dims:
-        mean, kappa = directions((), dim, device), torch.tensor(24.0, device=device)
+        mean, kappa = directions((), dim, device), 24.0
         z = directions((num,), dim, device)
-        ours = {family: build(family, mean, kappa) for family in FAMILIES}
-        theirs: dict[str, tuple[str, Callable[[], object] | None, Callable[[], object] | None]] = {}
-        law, points = stats.vonmises_fisher(mean.double().cpu().numpy(), 24.0), z.double().cpu().numpy()
-        points /= np.linalg.norm(points, axis=-1, keepdims=True)
-        theirs["von_mises_fisher"] = (
-            "scipy (CPU, float64)",
-            lambda w=law: w.rvs(num),
-            lambda w=law, x=points: w.logpdf(x),
-        )
-        package = peer("power_spherical")
-        spherical = package and package.PowerSpherical(mean, kappa)
-        theirs["power_spherical"] = (
-            "power-spherical",
-            spherical and (lambda p=spherical: p.sample(torch.Size((num,)))),
-            spherical and (lambda p=spherical, x=z: p.log_prob(x)),
-        )
-        formulas = peer("projnormal.formulas.projected_normal")
-        spread = torch.eye(dim, device=device) / 24.0
-        theirs["projected_normal"] = (
-            "projnormal",
-            formulas and (lambda f=formulas, m=mean, s=spread: f.sample(m, s, num)),
-            formulas and (lambda f=formulas, m=mean, s=spread, x=z: f.log_pdf(m, s, x)),
-        )
-        for family in FAMILIES:
-            name, draw, score = theirs[family]
-            own = (lambda q=ours[family]: q.sample((num,)), lambda q=ours[family], x=z: q.log_prob(x))
-            for what, mine, other in (("draws", own[0], draw), ("log_prob", own[1], score)):
-                tasks = {"ours": mine} | ({} if other is None else {"theirs": other})
+        for family, others in peers(mean, kappa, num, z).items():
+            q = build(family, mean, torch.tensor(kappa, device=device))
+            own = {"draws": lambda q=q: q.sample((num,)), "log_prob": lambda q=q, z=z: q.log_prob(z)}
+            for place, (what, ours) in enumerate(own.items(), start=1):
+                tasks = {"ours": ours} | {other[0]: other[place] for other in others if other[place] is not None}
                 for task in tasks.values():
                     task()
                 seconds = medians(tasks, rounds, device, f"{family} {what}")
                 title = f"{what}, {family.replace('_', ' ')}"
                 bound = z.nbytes / bandwidth(device) if device.type == "cuda" else None
                 setting = f"{num:,} of d = {dim}"
-                out.append(row(title, setting, seconds["ours"], name, seconds.get("theirs"), bound=bound))
+                out += [row(title, setting, seconds["ours"], n, seconds.get(n), bound=bound) for n, *_ in others]
     return out
 
 

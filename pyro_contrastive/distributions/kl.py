@@ -12,6 +12,7 @@ from torch.distributions import register_kl
 
 from pyro_contrastive.ops.bessel import bessel_ratio_complement, log_partition, log_partition_scaled
 from pyro_contrastive.ops.gamma import digamma_increment, log_gamma_increment
+from pyro_contrastive.ops.squares import squared_length
 
 from .power_spherical import PowerSpherical
 from .rotational import RotationallySymmetric
@@ -70,7 +71,7 @@ def _kl_symmetric_vmf(p: RotationallySymmetric, q: VonMisesFisher) -> Tensor:
         gap = bessel_ratio_complement(dim, p.concentration)
     else:
         gap = (dim - 1) / (p.concentration + dim - 1)
-    versine = 0.5 * (p.mean_direction - q.mean_direction).square().sum(-1)
+    versine = 0.5 * squared_length(p.mean_direction - q.mean_direction)
     expected_versine = gap + (1 - gap) * versine  # E_p[1 - mu_q . z]
     cross = log_partition_scaled(dim, kappa) - log_uniform_density(dim) + kappa * expected_versine
     return cross - p.entropy()

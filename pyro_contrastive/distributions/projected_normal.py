@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_contrastive.ops.precision import matmul
 from pyro_contrastive.ops.projected import log_radial_integral, projected_mean
+from pyro_contrastive.ops.squares import squared_length
 from pyro_contrastive.ops.tiles import Pairs, Tensors
 
 from ._checks import check_float, check_on_sphere, check_same, check_unit, check_vectors
@@ -167,7 +168,7 @@ class ProjectedNormal(TorchDistribution):
         location = self.loc / self.scale_diag
         a = (location * direction).sum(-1, keepdim=True)
         # The vector difference, not |m|^2 - a^2, which cancels: float32 would lose 0.1 nats at |m| = 1000.
-        quadratic = (location - a.clamp_min(0.0) * direction).square().sum(-1)
+        quadratic = squared_length(location - a.clamp_min(0.0) * direction)
         gaussian = whitening.log().sum(-1) - 0.5 * dim * math.log(2 * math.pi) - 0.5 * quadratic
         return gaussian - dim * length.squeeze(-1).log() + log_radial_integral(dim, a.squeeze(-1))
 
@@ -217,7 +218,7 @@ class ProjectedNormal(TorchDistribution):
         gaussian = self._rsample_gaussian((ENTROPY_NUM_SAMPLES,)) / unit
         whitened = gaussian * whitening
 
-        squared_radius = gaussian.square().sum(-1)
+        squared_radius = squared_length(gaussian)
         length = torch.linalg.vector_norm(whitened, dim=-1)
         a = (self.loc / self.scale_diag * whitened).sum(-1) / length
         # d log r - log p(log r | u): the law of the log length is that of the log radius, shifted

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_contrastive.ops.precision import matmul
 from pyro_contrastive.ops.radial import RadialFamily, draw
+from pyro_contrastive.ops.squares import squared_length
 from pyro_contrastive.ops.tiles import Pairs, Tensors
 
 from ._checks import Shape, check_concentration, check_float, check_on_sphere, check_same, check_unit, check_vectors
@@ -125,7 +126,7 @@ class RotationallySymmetric(TorchDistribution):
         check_on_sphere("value", value, self.dim)
         if self._validate_args:
             check_unit("value", value)
-        versine = 0.5 * (value - self.mean_direction).square().sum(-1)  # 1 - cos, accurate at small angles
+        versine = 0.5 * squared_length(value - self.mean_direction)  # 1 - cos, accurate at small angles
         return self._log_kernel(versine, self.concentration) - self._log_normalizer()
 
     def cross_log_prob(self, value: Tensor) -> Tensor:

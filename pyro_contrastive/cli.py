@@ -17,10 +17,11 @@ import torch
 from pyro_contrastive import __version__
 from pyro_contrastive._fit_settings import check_precision
 from pyro_contrastive.checkpoint import CheckpointError, fitted_weights, load_checkpoint
+from pyro_contrastive.choices import DATA, EVIDENCES, GUIDES, METHODS
 from pyro_contrastive.distributed import BatchShare, process_group, process_rank
 from pyro_contrastive.encoding import Precision, check_encoding
 from pyro_contrastive.fit import fit, pick_device
-from pyro_contrastive.registry import DATA, EVIDENCES, GUIDES, METHODS, Run, RunConfig
+from pyro_contrastive.registry import Run, RunConfig
 
 __all__ = ["main"]
 

@@ -100,7 +100,7 @@ def main() -> None:
         found[f"gradient of the {only} sums alone, float32"] = case(torch.float32, *SIZES["remainders"], only=only)
     found["concentrations of 1,000, float32"] = case(torch.float32, *SIZES["blocks"], size=1e3)
     found["tiny gradients, float16"] = tiny_gradients()
-    fused.applies = lambda pairs: True
+    fused.applies = lambda a, b: True
     found["likelihood, von Mises-Fisher, float32"] = likelihood(VonMisesFisherKernel(5.0, learn=True), torch.float32)
     found["likelihood, von Mises-Fisher, float16"] = likelihood(VonMisesFisherKernel(5.0, learn=True), torch.float16)
     found["likelihood, anisotropic, float32"] = likelihood(AnisotropicKernel(8, [3.0, 1.0] * 4), torch.float32)

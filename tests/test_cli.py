@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from pyro_contrastive.checkpoint import load_checkpoint
+from pyro_contrastive.choices import DATA, EVIDENCES, GUIDES, METHODS
 from pyro_contrastive.cli import _load, main
-from pyro_contrastive.registry import DATA, EVIDENCES, GUIDES, METHODS, Run, RunConfig
+from pyro_contrastive.registry import Run, RunConfig
 
 
 def fit_args(out, *more):

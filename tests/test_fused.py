@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyro_contrastive.kernels import VonMisesFisherKernel
-from pyro_contrastive.ops import fused
-from pyro_contrastive.ops.tiles import Pairs
+from pyro_contrastive.factors import infonce_log_ratio
+from pyro_contrastive.kernels import AnisotropicKernel, PairKernel, VonMisesFisherKernel
+from pyro_contrastive.ops import fused, tiles
 
 triton = pytest.importorskip("triton", reason="the fused kernel needs Triton, which PyTorch brings along on Linux")
 HERE = Path(__file__).parent
@@ -154,6 +154,15 @@ def test_a_kernel_that_cannot_be_built_is_not_used_and_says_why(monkeypatch, unt
         assert not fused._trusted(CPU, torch.float16, 16)
 
 
+def minus_distance(rows, columns, shared):
+    return -torch.cdist(rows[0], columns[0])
+
+
+class Laplace(PairKernel):
+    def pairs(self, z1, z2):
+        return tiles.Pairs(minus_distance, (z1,), (z2,))
+
+
 class OnGPU:
     """Stands for a tensor on a GPU."""
 
@@ -174,20 +183,44 @@ class OnGPU:
     ],
 )
 def test_it_is_for_products_that_tensor_cores_make(dtype, dim, tf32, expected, monkeypatch):
-    from pyro_contrastive.ops.products import products
-
     monkeypatch.setattr(fused, "_trusted", lambda *key: True)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
-        items = (OnGPU(dtype, dim),)
-        assert fused.applies(Pairs(products, items, items)) is expected
-        assert not fused.applies(Pairs(lambda *sides: None, items, items))
-        assert not fused.applies(Pairs(products, items, items, compile=True))
+        assert fused.applies(OnGPU(dtype, dim), OnGPU(dtype, dim)) is expected
+        assert not fused.applies(OnGPU(dtype, dim), OnGPU(torch.float64, dim)) or dtype == torch.float64
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def test_it_is_not_for_the_cpu():
     z = torch.randn(4, 8).bfloat16()
-    assert not fused.applies(VonMisesFisherKernel()(z, z, lazy=True))
+    assert not fused.applies(z, z)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "options", "expected"),
+    [
+        (VonMisesFisherKernel(), {}, True),
+        (AnisotropicKernel(8), {}, True),
+        (VonMisesFisherKernel(), {"tile": 16}, False),  # asked for
+        (Laplace(), {}, False),  # no inner product
+    ],
+    ids=["von Mises-Fisher", "anisotropic", "tile", "distance"],
+)
+def test_large_grids_of_inner_products_go_to_it(kernel, options, expected, monkeypatch):
+    """Where it applies, which here is anywhere; without it the same numbers come by tiles."""
+    calls = []
+
+    def sums(a, b, *terms, scale=None, **options):
+        calls.append(a.shape)
+        grid = a @ b.mT + (terms[0].unsqueeze(-1) + terms[1].unsqueeze(-2) if terms else 0.0)
+        return grid.logsumexp(-1), None
+
+    monkeypatch.setattr(fused, "applies", lambda a, b: True)
+    monkeypatch.setattr(fused, "product_sums", sums)
+    monkeypatch.setattr(tiles, "PLAIN_ELEMENTS", 0)
+    z1, z2 = torch.nn.functional.normalize(torch.randn(2, 3, 40, 8), dim=-1)
+    value = infonce_log_ratio(kernel(z1, z2, lazy=True), **options)
+    assert bool(calls) is expected
+    torch.testing.assert_close(value, infonce_log_ratio(kernel(z1, z2)))

@@ -49,12 +49,13 @@ LAYERS = {
     "data": 10,
     "diagnostics": 11,
     "embedding": 12,
+    "choices": 11,
     "registry": 12,
     "cli": 13,
     "__main__": 14,
 }
 METHODS = {"models", "guides"}
-JOINS_METHODS = {"registry", "cli", "__main__"}  # the only parts that know both a method and the core
+JOINS_METHODS = {"choices", "registry", "cli", "__main__"}  # the only parts that know both a method and the core
 LATE = {
     "torchvision",
     "sklearn",

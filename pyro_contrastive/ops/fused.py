@@ -19,17 +19,13 @@ import math
 import warnings
 from contextlib import nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_contrastive.ops._once import once
 from pyro_contrastive.ops.precision import HALF
-from pyro_contrastive.ops.products import products
-
-if TYPE_CHECKING:
-    from pyro_contrastive.ops.tiles import Pairs
 
 __all__ = ["MOST_DIMENSIONS", "applies", "product_sums"]
 
@@ -40,24 +36,21 @@ SCALE = 1024.0
 """Of the weights when they are rounded, so that 1 / N is no subnormal number in float16."""
 
 
-def applies(pairs: Pairs) -> bool:
-    """Whether the grid is one of inner products, on a GPU, in a precision that tensor cores multiply.
+def applies(a: Tensor, b: Tensor) -> bool:
+    """Whether the items lie on a GPU, in a precision that tensor cores multiply, and are not too wide.
 
     The first time in a process, and for each dtype and size of items, a small grid is computed in both ways. If they
     differ, or the kernel cannot be built, a RuntimeWarning says so and the answer is no from then on.
 
     Args:
-        pairs: the grid, unevaluated.
+        a: row items ``(..., N, d)``.
+        b: column items ``(..., M, d)``.
     """
-    a, b = pairs.rows[0], pairs.columns[0]
-    if pairs.function is not products or pairs.compile or a.device.type != "cuda" or a.dtype != b.dtype:
+    if a.device.type != "cuda" or a.dtype != b.dtype:
         return False
     by_tensor_cores = a.dtype in HALF or (a.dtype == torch.float32 and _precision(a.dtype) == "tf32")
-    return (
-        by_tensor_cores
-        and a.shape[-1] <= MOST_DIMENSIONS[a.dtype]
-        and _trusted(a.device, a.dtype, _padded(a.shape[-1]))
-    )
+    dim = a.shape[-1]
+    return by_tensor_cores and dim <= MOST_DIMENSIONS[a.dtype] and _trusted(a.device, a.dtype, _padded(dim))
 
 
 def product_sums(

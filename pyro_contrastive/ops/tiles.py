@@ -32,6 +32,7 @@ from pyro_contrastive.ops._tile_sums import (
 )
 from pyro_contrastive.ops.joint import current_joint, one_process_only
 from pyro_contrastive.ops.precision import at_least_single
+from pyro_contrastive.ops.products import products
 from pyro_contrastive.ops.ring import around_the_ring
 
 __all__ = ["PLAIN_ELEMENTS", "TILE", "Contrast", "PairFunction", "Pairs", "Tensors", "contrast"]
@@ -109,8 +110,8 @@ def contrast(
         symmetric: the columns as well.
         shift: added to the diagonal inside the sums (not to ``positive``): a log weight of the positive.
         tile: side of the tiles, >= 1. By default grids of up to `PLAIN_ELEMENTS` elements, all leading axes counted,
-            are computed whole, and larger ones in tiles of the side that `TILE` has for the device; those that
-            :func:`~pyro_contrastive.ops.fused.applies` to by one fused kernel. In a joint batch
+            are computed whole, and larger ones in tiles of the side that `TILE` has for the device, or, inner products
+            on a GPU, by one kernel (:mod:`pyro_contrastive.ops.fused`). In a joint batch
             (:mod:`pyro_contrastive.ops.joint`) always tiles.
 
     Returns:
@@ -137,7 +138,7 @@ def contrast(
     if current_joint() is None and tile is None:
         if pairs.shape.numel() <= PLAIN_ELEMENTS:
             return sums_of_grid(at_least_single(pairs.grid()), shift, symmetric)
-        if fused.applies(pairs):
+        if pairs.function is products and not pairs.compile and fused.applies(pairs.rows[0], pairs.columns[0]):
             return _by_fused_kernel(pairs, shift, symmetric)
     side = tile or TILE.get(pairs.rows[0].device.type, 2048)
     flat = _flat(pairs)

@@ -261,3 +261,25 @@ def test_finite_concentrations_join_the_shared_latent():
 def test_a_kernel_without_pairs_is_told_what_to_define():
     with pytest.raises(NotImplementedError, match=r"PairKernel must define pairs\(z1, z2\)"):
         PairKernel()(torch.eye(2), torch.eye(2))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", [VonMisesFisherKernel(100.3), AnisotropicKernel(16, [60.3, 7.7] * 8)])
+def test_half_precision_rounds_embeddings_once(half, kernel):
+    """What is left is the rounding of a float32 sum; scaled latents, rounded again, would be off by tenths of a nat."""
+    generator = torch.Generator().manual_seed(0)
+    z1, z2 = torch.nn.functional.normalize(torch.randn(2, 50, 16, generator=generator), dim=-1).to(half)
+    log_f = kernel(z1, z2)
+    assert log_f.dtype == torch.float32
+    exact = kernel.double()(z1.double(), z2.double())
+    kernel.float()
+    assert (log_f.double() - exact).abs().max() < 1e-4
+    raw = z1.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(kernel(raw, z2).sum(), raw)
+    assert grad.dtype == half and grad.isfinite().all()
+
+
+def test_latents_of_two_precisions_are_refused():
+    z = torch.randn(3, 4)
+    with pytest.raises(RuntimeError, match="dtype"):
+        VonMisesFisherKernel()(z, z.bfloat16())

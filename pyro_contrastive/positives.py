@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from .factors import emit
 from .kernels import PairKernel
 from .ops.joint import current_joint, gather, joint_offset, joint_size, one_process_only
-from .ops.tiles import PLAIN_ELEMENTS, Pairs
+from .ops.precision import at_least_single
+from .ops.tiles import PLAIN_ELEMENTS, Pairs, contrast
 
 __all__ = ["Positives", "nt_xent_factor", "nt_xent_log_ratio"]
 
@@ -52,7 +53,8 @@ def nt_xent_log_ratio(
             of its own, as unique labels say too.
         positives: the mean over positives outside (``"supcon_out"``) or inside the log (``"supcon_in"``).
         block: rows of an unevaluated grid that are computed at a time, and again in the backward pass; by default all
-            of up to :data:`~pyro_contrastive.ops.tiles.PLAIN_ELEMENTS` elements.
+            of up to :data:`~pyro_contrastive.ops.tiles.PLAIN_ELEMENTS` elements, and without labels tiles
+            (:func:`~pyro_contrastive.ops.tiles.contrast`).
 
     Returns:
         ``(..., N)`` in nats: zero where f says nothing, at most log(2N - 1).
@@ -86,13 +88,14 @@ def nt_xent_log_ratio(
             f"`block` is for grids that are not evaluated yet, got one of shape {tuple(log_f.shape)}; pass Pairs, for "
             "instance kernel(z, z, lazy=True)"
         )
-    device = log_f.device if isinstance(log_f, Tensor) else log_f.rows[0].device
-    classes = _classes(labels, size // 2, device)
     if isinstance(log_f, Tensor):
         one_process_only("a grid that one process has evaluated", "hand out Pairs (a PairKernel), or leave joint_batch")
+        classes = _classes(labels, size // 2, log_f.device)
         value = _anchors(log_f, classes, classes, 0, positives)
+    elif labels is None and block is None:
+        value = _views_alone(log_f)
     else:
-        value = _in_blocks(log_f, classes, positives, block)
+        value = _in_blocks(log_f, _classes(labels, size // 2, log_f.rows[0].device), positives, block)
     return value.unflatten(-1, (2, -1)).mean(-2) + math.log(joint_size(size) - 1)
 
 
@@ -168,6 +171,17 @@ def _anchors(log_f: Tensor, own: Tensor, classes: Tensor, first: int, positives:
     else:
         near = log_f.masked_fill(~positive, 0.0).sum(-1) / count
     return near - log_f.masked_fill(itself, -torch.inf).logsumexp(-1)
+
+
+def _views_alone(pairs: Pairs) -> Tensor:
+    """The same from an unevaluated grid without labels, where the other view is the only positive.
+
+    One value per row and a log-sum-exp without the diagonal: by tiles, by one kernel on a GPU, round the ring in a
+    joint batch.
+    """
+    things = pairs.shape[-1] // 2
+    partners = replace(pairs, columns=tuple(t.roll(things, -2) for t in pairs.columns)).diagonal()
+    return at_least_single(partners) - contrast(pairs, shift=-math.inf).row
 
 
 def _in_blocks(pairs: Pairs, own: Tensor, positives: Positives, block: int | None) -> Tensor:

@@ -20,6 +20,7 @@ SIZES = {
     "blocks": (1, 128, 128, 16, False, 0.0, True),
     "remainders": (2, 200, 165, 20, True, 0.0, True),
     "shift": (2, 130, 130, 5, True, 1.5, True),
+    "itself left out": (2, 130, 130, 5, False, -torch.inf, True),
     "shift alone": (1, 130, 130, 3, False, -2.0, False),
     "one direction": (1, 70, 130, 128, False, 0.0, False),
     "one row": (1, 1, 65, 1, False, 0.0, True),
@@ -33,7 +34,7 @@ def by_loops(a, b, r, c, *, scale, shift, symmetric):
     s = s if scale is None else scale * s
     if r is not None:
         s = s + r.unsqueeze(-1) + c.unsqueeze(-2)
-    s = s + shift * torch.eye(*s.shape[-2:], dtype=s.dtype)
+    s = torch.where(torch.eye(*s.shape[-2:], dtype=torch.bool), s + shift, s)
     return s.logsumexp(-1), s.logsumexp(-2) if symmetric else None
 
 

@@ -101,8 +101,11 @@ def test_gradient_is_that_of_finite_differences():
         assert torch.autograd.gradcheck(lambda v, c=convention: loss(v, c), z)
 
 
-def test_a_large_batch_keeps_no_grid(monkeypatch):
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_large_batch_keeps_no_grid(monkeypatch, labelled):
     monkeypatch.setattr("pyro_contrastive.positives.PLAIN_ELEMENTS", 100)
+    monkeypatch.setattr(tiles, "PLAIN_ELEMENTS", 100)
+    monkeypatch.setitem(tiles.TILE, "cpu", 10)
     sizes = []
     kernel = VonMisesFisherKernel(KAPPA)
     plain = kernel.pairs
@@ -120,8 +123,30 @@ def test_a_large_batch_keeps_no_grid(monkeypatch):
     monkeypatch.setattr(kernel, "pairs", spied)
     z = latents(size=30)
     with pyro.plate("pairs", 30):
-        nt_xent_factor("positive", z[0], z[1], kernel).sum().backward()
-    assert max(sizes) <= 100 and len(sizes) == 2 * 60  # a row of 60 at a time, forward and backward
+        labels = torch.arange(30) // 2 if labelled else None
+        nt_xent_factor("positive", z[0], z[1], kernel, labels).sum().backward()
+    # labelled: a row of 60 at a time, else 36 tiles, forward and backward; and once the positives' cells
+    assert max(sizes) <= 100 and len(sizes) == (2 * 60 if labelled else 2 * 36 + 1)
+
+
+@pytest.mark.parametrize("tile", [3, 7, 100])
+@pytest.mark.parametrize("kernel", [VonMisesFisherKernel(KAPPA), AnisotropicKernel(6, [3.0, 1.0] * 3)])
+def test_without_labels_tiles_leave_the_item_itself_out(monkeypatch, tile, kernel):
+    """Also where the item itself is by far its own nearest, so that subtracting it from a sum would lose the rest."""
+    monkeypatch.setattr(tiles, "PLAIN_ELEMENTS", 0)
+    monkeypatch.setitem(tiles.TILE, "cpu", tile)
+    kernel = kernel.double()
+    generator = torch.Generator().manual_seed(3)
+    z = torch.nn.functional.normalize(torch.randn(2, 16, 6, generator=generator).double(), dim=-1)
+    weight, found = torch.rand(8, generator=generator).double(), []
+    for scale, lazy in ((1.0, True), (1.0, False), (30.0, True), (30.0, False)):
+        views = (scale * z[0]).requires_grad_()
+        value = nt_xent_log_ratio(kernel(views, views, lazy=lazy))
+        found.append((value.detach(), *torch.autograd.grad((weight * value).sum(), views)))
+    for ours, expected in zip(found[::2], found[1::2], strict=True):
+        for one, other in zip(ours, expected, strict=True):
+            assert one.isfinite().all()
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", LABELS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -30,9 +31,14 @@ MIB = 2**20
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+@functools.cache
+def kernel(device: torch.device) -> VonMisesFisherKernel:
+    """Built once, as the criteria of the peers are."""
+    return VonMisesFisherKernel(CONCENTRATION).to(device)
+
+
 def infonce(z1: Tensor, z2: Tensor) -> Tensor:
-    kernel = VonMisesFisherKernel(CONCENTRATION).to(z1.device)
-    return -infonce_log_ratio(kernel(z1, z2, lazy=True), symmetric=True).mean()
+    return -infonce_log_ratio(kernel(z1.device)(z1, z2, lazy=True), symmetric=True).mean()
 
 
 def infonce_plain(z1: Tensor, z2: Tensor) -> Tensor:
@@ -41,8 +47,8 @@ def infonce_plain(z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def nt_xent(z1: Tensor, z2: Tensor) -> Tensor:
-    kernel, z = VonMisesFisherKernel(CONCENTRATION).to(z1.device), torch.cat([z1, z2])
-    return -nt_xent_log_ratio(kernel(z, z, lazy=True)).mean()
+    z = torch.cat([z1, z2])
+    return -nt_xent_log_ratio(kernel(z.device)(z, z, lazy=True)).mean()
 
 
 def losses() -> dict[str, Loss | None]:

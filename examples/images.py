@@ -303,8 +303,8 @@ def _cell(runs: list[dict[str, Any]], key: str) -> str:
         return f"{median(run['seconds'] for run in runs):,.0f}"
     values = []
     for run in runs:
-        names = [name for name in run["figures"] if name.startswith("ood_") and not name.endswith("er")]
-        found = [run["figures"].get(name) for name in (names if key == "ood" else key.split("+"))]
+        names = [name for name in run["figures"] if name.startswith(f"{key}_") and not name.endswith("er")]
+        found = [run["figures"].get(name) for name in (names if key in ("ood", "distance") else key.split("+"))]
         if found and None not in found:
             values.append(sum(found) / len(found))
     if not values:
@@ -324,6 +324,7 @@ COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
         "5-NN": ("knn",),
         "information, nats": ("information",),
         "effective rank, features / latents": ("feature_rank", "latent_rank"),
+        "AUROC strangers by distance": ("distance",),
         "alignment": ("alignment",),
         "uniformity": ("uniformity",),
         "5-NN by severity of corruption, 1 to 5": _ladder("accuracy"),
@@ -335,7 +336,7 @@ COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
         "AUROC wrong answers, clean / corrupted": ("wrong_auroc", "corrupted_wrong_auroc"),
         "5-NN by quartile, surest first": tuple(f"quartile_{i}" for i in range(1, 5)),
         "AUROC corrupted by severity, 1 to 5": _ladder("auroc"),
-        "AUROC strangers": ("ood",),
+        "AUROC strangers by width": ("ood",),
         "length of pairs predicted, by quartile": tuple(f"length_predicted_{i}" for i in range(1, 5)),
         "realised": tuple(f"length_realised_{i}" for i in range(1, 5)),
     },

@@ -119,11 +119,12 @@ def digits(num=120):
 @pytest.mark.parametrize("family", [guides.VonMisesFisher, guides.ProjectedNormal, guides.Siamese, guides.Delta])
 def test_the_parts_of_an_evaluation(family):
     guide, (train, test) = make(family), digits()
+    strangers = torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     guide.train()
     state, weights = torch.get_rng_state(), {k: v.clone() for k, v in guide.state_dict().items()}
     scores = diagnostics.evaluate_representation(
         guide, train, test, augment=crop_and_rotate, corruptions=("noise", "blur"), num_corrupted=50, batch_size=64,
-        ood={"noise": torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(1))}, pair_concentration=20.0,
+        ood={"noise": strangers}, pair_concentration=20.0,
     )  # fmt: skip
     assert guide.training and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, weights[key]) for key, value in guide.state_dict().items())
@@ -147,6 +148,12 @@ def test_the_parts_of_an_evaluation(family):
     assert all(isinstance(v, float) and math.isfinite(v) for v in figures.values())
     assert f"nearest neighbours {scores.knn_accuracy:.3f}" in text
 
+    with torch.no_grad():
+        found = (torch.nn.functional.normalize(f, dim=-1) for f in (bank, features, guide.encoder(strangers)))
+    known, *others = found
+    near, far = (1 - (c @ known.T).topk(5).values[:, -1] for c in others)
+    assert figures["distance_noise"] == pytest.approx((far[:, None] > near).double().mean().item(), abs=1e-3)
+    assert "distance to the training images for strangers (noise)" in text
     if family is guides.Delta:
         assert scores.uncertainty is scores.quartiles is scores.wrong_auroc is scores.lengths is None
         assert not scores.ood and np.isnan(corrupted.auroc).all() and "no width" in text

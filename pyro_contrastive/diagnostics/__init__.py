@@ -125,6 +125,7 @@ from pyro_contrastive.diagnostics.representation import (
     corruption_correlation,
     knn_accuracy,
     knn_correct,
+    neighbour_distance,
 )
 from pyro_contrastive.diagnostics.retrieval import CredibleSets, cap_area, credible_sets
 from pyro_contrastive.diagnostics.retrieval_scores import (
@@ -248,6 +249,7 @@ __all__ = [
     "judge_variational_sbc",
     "knn_accuracy",
     "knn_correct",
+    "neighbour_distance",
     "label_entropy",
     "linear_probe",
     "linear_r2",

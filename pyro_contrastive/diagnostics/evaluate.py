@@ -22,7 +22,7 @@ from pyro_contrastive.diagnostics.calibration import direction_and_concentration
 from pyro_contrastive.diagnostics.collapse import Spectrum, embedding_spectrum
 from pyro_contrastive.diagnostics.prediction import ResultantLengthCheck, resultant_length_check
 from pyro_contrastive.diagnostics.probe import LinearProbe, alignment_loss, linear_probe, uncertainty, uniformity_loss
-from pyro_contrastive.diagnostics.representation import accuracy_by_quartile, knn_correct
+from pyro_contrastive.diagnostics.representation import accuracy_by_quartile, knn_correct, neighbour_distance
 from pyro_contrastive.diagnostics.selective import ood_auroc
 from pyro_contrastive.ops import bessel_ratio
 
@@ -75,6 +75,8 @@ class RepresentationScores:
             wrong or right answers.
         corrupted: Likewise for corrupted images, or None where none was asked for.
         ood: Probability that a strange image is less sure than a test image, by set; empty for points.
+        ood_distance: Probability that a strange image is farther from the training images than a test image, by
+            `neighbour_distance` of the features.
     """
 
     knn_accuracy: float
@@ -90,6 +92,7 @@ class RepresentationScores:
     wrong_auroc: Estimate | None
     corrupted: CorruptionScores | None
     ood: Mapping[str, Estimate] = field(default_factory=dict)
+    ood_distance: Mapping[str, Estimate] = field(default_factory=dict)
 
     def figures(self) -> dict[str, float]:
         """All scores as numbers with flat names, for a file; what there is not is left out.
@@ -124,6 +127,8 @@ class RepresentationScores:
             found |= _estimate("corrupted_wrong_auroc", self.corrupted.wrong_auroc)
         for name, value in self.ood.items():
             found |= _estimate(f"ood_{name}", value)
+        for name, value in self.ood_distance.items():
+            found |= _estimate(f"distance_{name}", value)
         return {name: float(value) for name, value in found.items() if value is not None and not math.isnan(value)}
 
     def summary(self) -> str:
@@ -143,6 +148,9 @@ class RepresentationScores:
         corrupted = self.corrupted
         if corrupted is not None:
             lines.append(f"accuracy by severity of corruption, 1 to 5: {_row(corrupted.accuracy.mean(axis=0))}")
+        for name, away in self.ood_distance.items():
+            lines.append(f"AUROC of the distance to the training images for strangers ({name}): {away.value:.3f} "
+                         f"({away.lower:.3f} to {away.upper:.3f})")  # fmt: skip
         if self.uncertainty is None or self.quartiles is None:
             return "\n".join([*lines, "points: there is no width to judge"])
         lines.append(f"mean uncertainty {self.uncertainty.mean():.3f}; accuracy by quartile, surest first: "
@@ -237,7 +245,8 @@ def evaluate_representation(
         corrupted = None
         if corruptions:
             corrupted = _corrupted(encode, bank, train[1], test, clean, tuple(corruptions), num_corrupted, k, seed)
-        strange = {name: encode(images) for name, images in (ood or {}).items()} if clean.width is not None else {}
+        strange = {name: encode(images) for name, images in (ood or {}).items()}
+    by_width, by_distance = _strangers(bank, clean, strange, k)
     lengths = None
     if views is not None and clean.width is not None:
         lengths = _lengths(*views, predicts=hasattr(guide, "branch"), pair_concentration=pair_concentration)
@@ -254,7 +263,8 @@ def evaluate_representation(
         quartiles=None if clean.width is None or len(right) < 4 else accuracy_by_quartile(-clean.width, right),
         wrong_auroc=_wrong_auroc(clean.width, right),
         corrupted=corrupted,
-        ood={name: ood_auroc(-_known(clean.width), -_known(law.width)) for name, law in strange.items()},
+        ood=by_width,
+        ood_distance=by_distance,
     )
 
 
@@ -349,6 +359,18 @@ def _lengths(first: _Encoded, second: _Encoded, *, predicts: bool, pair_concentr
         length = length * (1.0 - _known(second.width)) * pair
     law = SimpleNamespace(mean_direction=first.directions, mean=first.directions * length[:, None])
     return resultant_length_check(law, second.points, num_groups=4 if len(length) >= 8 else 1)
+
+
+def _strangers(
+    bank: _Encoded, clean: _Encoded, strange: Mapping[str, _Encoded], k: int
+) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
+    """By set: are strangers less sure, and are they farther away?"""
+    if not strange:
+        return {}, {}
+    sure, near = clean.width, -neighbour_distance(bank.features, clean.features, k=k)
+    by_width = {name: ood_auroc(-sure, -_known(found.width)) for name, found in strange.items() if sure is not None}
+    away = {name: -neighbour_distance(bank.features, found.features, k=k) for name, found in strange.items()}
+    return by_width, {name: ood_auroc(near, distance) for name, distance in away.items()}
 
 
 def _wrong_auroc(width: FloatArray | None, right: NDArray[np.bool_]) -> Estimate | None:

@@ -19,6 +19,7 @@ __all__ = [
     "corruption_correlation",
     "knn_accuracy",
     "knn_correct",
+    "neighbour_distance",
 ]
 
 
@@ -68,6 +69,41 @@ def knn_accuracy(
 ) -> float:
     """Accuracy in [0, 1] of the k-nearest-neighbour classifier of `knn_correct` (same arguments and errors)."""
     return float(knn_correct(train_embeddings, train_labels, embeddings, labels, k=k).mean())
+
+
+def neighbour_distance(
+    train_embeddings: ArrayLike | torch.Tensor, embeddings: ArrayLike | torch.Tensor, *, k: int = 5
+) -> FloatArray:
+    """One minus the cosine with the k-th nearest training item: large for what was never seen.
+
+    A posterior's width says how much a view leaves open, not whether anything like it was in the training data; this
+    says the second.
+
+    Args:
+        train_embeddings: Reference vectors, shape (M, d), of any length.
+        embeddings: Query vectors, shape (N, d).
+        k: Number of neighbours, 1..M.
+
+    Returns:
+        Distances in [0, 2], shape (N,).
+
+    Raises:
+        ValueError: If `k` is out of range.
+
+    References:
+        Sun, Ming, Zhu and Li, ICML 2022, arXiv 2204.06507.
+
+    Example:
+        >>> neighbour_distance(np.eye(2), [[2.0, 0.0], [-1.0, 0.0]], k=1)
+        array([0., 1.])
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    reference, queries = as_array(train_embeddings), as_array(embeddings)
+    if not 1 <= k <= len(reference):
+        raise ValueError(f"`k` must be in 1..{len(reference)}, the number of training items, got {k!r}")
+    search = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(reference)
+    return search.kneighbors(queries)[0][:, -1]
 
 
 def accuracy_by_quartile(

@@ -88,3 +88,19 @@ def test_effect_sizes_do_not_grow_with_the_number_of_points():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_neighbour_distance_by_loops():
+    generator = np.random.default_rng(0)
+    train, queries = generator.normal(size=(20, 4)), 7 * generator.normal(size=(6, 4))
+    for k in (1, 3, 20):
+        expected = [
+            sorted(1 - q @ t / np.linalg.norm(q) / np.linalg.norm(t) for t in train)[k - 1] for q in queries
+        ]  # fmt: skip
+        np.testing.assert_allclose(diagnostics.neighbour_distance(train, torch.tensor(queries), k=k), expected)
+
+
+@pytest.mark.parametrize("k", [0, 21])
+def test_neighbours_that_are_not_there(k):
+    with pytest.raises(ValueError, match=rf"`k` must be in 1..20, the number of training items, got {k}"):
+        diagnostics.neighbour_distance(np.eye(20), np.eye(20), k=k)

@@ -97,10 +97,10 @@ def test_neighbour_distance_by_loops():
         expected = [
             sorted(1 - q @ t / np.linalg.norm(q) / np.linalg.norm(t) for t in train)[k - 1] for q in queries
         ]  # fmt: skip
-        np.testing.assert_allclose(diagnostics.neighbour_distance(train, torch.tensor(queries), k=k), expected)
+        np.testing.assert_allclose(representation.neighbour_distance(train, queries, k=k), expected)
 
 
 @pytest.mark.parametrize("k", [0, 21])
 def test_neighbours_that_are_not_there(k):
     with pytest.raises(ValueError, match=rf"`k` must be in 1..20, the number of training items, got {k}"):
-        diagnostics.neighbour_distance(np.eye(20), np.eye(20), k=k)
+        representation.neighbour_distance(np.eye(20), np.eye(20), k=k)

@@ -32,7 +32,7 @@ DESCRIPTION = (
 )
 EXAMPLES = """examples:
   pyro-contrastive demo --out runs/demo
-      three seeds on handwritten digits and one artificial world, with a report, in about three minutes
+      three seeds on handwritten digits and one artificial world, with a report, in three to nine minutes on two cores
   pyro-contrastive fit --method mcinfonce --data sphere --out runs/sphere
   pyro-contrastive report runs/sphere
       fit and judge one method; the same `fit` again goes on where it stopped

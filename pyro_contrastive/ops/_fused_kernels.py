@@ -19,21 +19,35 @@ def _items(base, index, size, dim, D: tl.constexpr):
 
 
 @triton.jit
+def _rows(A, SCALE, n, dim, BM: tl.constexpr, D: tl.constexpr, TERMS: tl.constexpr, SHIFT: tl.constexpr):
+    """What a program keeps: its batch, rows i, their items, the scale, and what a value of `_tile` is in log2."""
+    batch = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    scale = tl.load(SCALE)
+    return batch, i, _items(A + batch * n * dim, i, n, dim, D), scale, LOG2E if TERMS or SHIFT else scale * LOG2E
+
+
+@triton.jit
 def _tile(
-    a, b, c, i, j, m, scale, shift,
+    a, B, C, batch, i, first, dim, m, scale, shift, BN: tl.constexpr, D: tl.constexpr,
     TERMS: tl.constexpr, SHIFT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Values without the row's term, -inf beyond the last column; not yet scaled if there is nothing else to add."""
+    """Columns j, their items, and the values without the row's term, -inf beyond the last column.
+
+    Values are not yet scaled if there is nothing else to add.
+    """
+    j = first + tl.arange(0, BN)
+    b = _items(B + batch * m * dim, j, m, dim, D)
     s = tl.dot(a, tl.trans(b), input_precision=PRECISION)
     if TERMS or SHIFT:
         s *= scale
     if TERMS:
-        s += c[None, :]
+        s += tl.load(C + batch * m + j, mask=j < m, other=0.0)[None, :]
     if SHIFT:
         s = tl.where(i[:, None] == j[None, :], s + shift, s)
     if not EVEN:
         s = tl.where((j < m)[None, :], s, -float("inf"))
-    return s
+    return j, b, s
 
 
 @triton.jit
@@ -43,18 +57,11 @@ def row_sums(
     TERMS: tl.constexpr, SHIFT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT[i] = log sum_j exp(SCALE A[i] . B[j] + R[i] + C[j]), the largest so far kept beside the sum."""
-    batch = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BM + tl.arange(0, BM)
-    a = _items(A + batch * n * dim, i, n, dim, D)
-    scale = tl.load(SCALE)
-    unit = LOG2E if TERMS or SHIFT else scale * LOG2E
+    batch, i, a, scale, unit = _rows(A, SCALE, n, dim, BM, D, TERMS, SHIFT)
     top = tl.full((BM,), -float("inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for first in range(0, m, BN):
-        j = first + tl.arange(0, BN)
-        b = _items(B + batch * m * dim, j, m, dim, D)
-        c = tl.load(C + batch * m + j, mask=j < m, other=0.0) if TERMS else 0.0
-        s = _tile(a, b, c, i, j, m, scale, shift, TERMS, SHIFT, EVEN, PRECISION)
+        j, b, s = _tile(a, B, C, batch, i, first, dim, m, scale, shift, BN, D, TERMS, SHIFT, EVEN, PRECISION)
         larger = tl.maximum(top, tl.max(s, 1))
         around = tl.where(larger == -float("inf"), 0.0, larger) * unit
         total = total * tl.exp2(top * unit - around) + tl.sum(tl.exp2(s * unit - around[:, None]), 1)
@@ -72,11 +79,7 @@ def row_gradients(
     TERMS: tl.constexpr, SHIFT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT[i] = sum_j w_ij B[j], OUT_TERM[i] = sum_j w_ij, for softmax weights w of the rows and of the columns."""
-    batch = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BM + tl.arange(0, BM)
-    a = _items(A + batch * n * dim, i, n, dim, D)
-    scale = tl.load(SCALE)
-    unit = LOG2E if TERMS or SHIFT else scale * LOG2E
+    batch, i, a, scale, unit = _rows(A, SCALE, n, dim, BM, D, TERMS, SHIFT)
     out = tl.zeros((BM, D), tl.float32)
     mass = tl.zeros((BM,), tl.float32)
     term = tl.load(R + batch * n + i, mask=i < n, other=0.0) * LOG2E if TERMS else tl.zeros((BM,), tl.float32)
@@ -84,10 +87,7 @@ def row_gradients(
         around = tl.load(SUM + batch * n + i, mask=i < n, other=0.0) * LOG2E - term
         grad = tl.load(GRAD + batch * n + i, mask=i < n, other=0.0)
     for first in range(0, m, BN):
-        j = first + tl.arange(0, BN)
-        b = _items(B + batch * m * dim, j, m, dim, D)
-        c = tl.load(C + batch * m + j, mask=j < m, other=0.0) if TERMS else 0.0
-        s = _tile(a, b, c, i, j, m, scale, shift, TERMS, SHIFT, EVEN, PRECISION)
+        j, b, s = _tile(a, B, C, batch, i, first, dim, m, scale, shift, BN, D, TERMS, SHIFT, EVEN, PRECISION)
         w = tl.zeros((BM, BN), tl.float32)
         if OWN:
             w += grad[:, None] * tl.exp2(s * unit - around[:, None])

@@ -32,7 +32,7 @@ __all__ = ["MOST_DIMENSIONS", "applies", "product_sums"]
 MOST_DIMENSIONS = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 """Wider items do not fit into registers and shared memory beside their tile."""
 
-SCALE = 1024.0
+WEIGHT_SCALE = 1024.0
 """Of the weights when they are rounded, so that 1 / N is no subnormal number in float16."""
 
 
@@ -48,7 +48,7 @@ def applies(a: Tensor, b: Tensor) -> bool:
     """
     if a.device.type != "cuda" or a.dtype != b.dtype:
         return False
-    by_tensor_cores = a.dtype in HALF or (a.dtype == torch.float32 and _precision(a.dtype) == "tf32")
+    by_tensor_cores = a.dtype in HALF or _precision(a.dtype) == "tf32"
     dim = a.shape[-1]
     return by_tensor_cores and dim <= MOST_DIMENSIONS[a.dtype] and _trusted(a.device, a.dtype, _padded(dim))
 
@@ -150,7 +150,7 @@ def _gradients(
         if total is None or grad is None:
             pointers += [a, a]  # not read
         else:  # a sum of nothing but exp(-inf) has no weights, rather than those of exp(-inf + inf)
-            pointers += [total.masked_fill(total == -torch.inf, 0.0), (grad / top * SCALE).float().contiguous()]
+            pointers += [total.masked_fill(total == -torch.inf, 0.0), (grad / top * WEIGHT_SCALE).float().contiguous()]
     out = torch.empty(a.shape, dtype=torch.float32, device=a.device)
     to_term = torch.empty(a.shape[:2], dtype=torch.float32, device=a.device) if r is not None else None
     options = launch_options(a.dtype, a.shape[-1])
@@ -160,7 +160,7 @@ def _gradients(
             *a.shape[1:], b.shape[1], shift,
             OWN=here[1] is not None, OTHERS=there[1] is not None, **_variant(a, b, r, shift, options), **options,
         )  # fmt: skip
-    return out * (top / SCALE), None if to_term is None else to_term * (top / SCALE)
+    return out * (top / WEIGHT_SCALE), None if to_term is None else to_term * (top / WEIGHT_SCALE)
 
 
 # --------------------------------------------------------------------------------------------------------------------
